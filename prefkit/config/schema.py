@@ -1,0 +1,321 @@
+"""RunConfig: every YAML key with its default, its range and one sentence on what it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from .errors import is_secret
+
+TRAINING_FILE = Path(__file__).with_name("training_arguments.json")
+REQUIRED: Any = dataclasses.MISSING
+
+_LIMITS: dict[str, dict[str, Any]] = {
+    "adam_beta1": {"minimum": 0, "below": 1},
+    "adam_beta2": {"minimum": 0, "below": 1},
+    "adam_epsilon": {"above": 0},
+    "data_seed": {"minimum": 0, "maximum": 2**32 - 1},
+    "dataloader_num_workers": {"minimum": 0},
+    "dataloader_prefetch_factor": {"minimum": 1},
+    "ddp_timeout": {"minimum": 1},
+    "eval_accumulation_steps": {"minimum": 1},
+    "eval_delay": {"minimum": 0},
+    "eval_steps": {"minimum": 0},
+    "gradient_accumulation_steps": {"minimum": 1},
+    "label_smoothing_factor": {"minimum": 0, "below": 1},
+    "learning_rate": {"minimum": 0},
+    "logging_steps": {"minimum": 0},
+    "max_grad_norm": {"minimum": 0},
+    "max_steps": {"minimum": -1},
+    "neftune_noise_alpha": {"minimum": 0},
+    "num_train_epochs": {"minimum": 0},
+    "per_device_eval_batch_size": {"minimum": 1},
+    "per_device_train_batch_size": {"minimum": 1},
+    "save_steps": {"minimum": 0},
+    "save_total_limit": {"minimum": 0},
+    "seed": {"minimum": 0, "maximum": 2**32 - 1},
+    "torch_empty_cache_steps": {"minimum": 1},
+    "warmup_steps": {"minimum": 0},
+    "weight_decay": {"minimum": 0},
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What one YAML key accepts; `later` are values of LLaMA-Factory that this version lacks."""
+
+    name: str
+    group: str
+    types: tuple[str, ...]
+    default: Any
+    help: str
+    nullable: bool = False
+    choices: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    reason: str = ""
+    example: str = ""
+    verbatim: bool = False
+
+    @property
+    def required(self) -> bool:
+        """Whether the YAML must give it."""
+        return self.default is REQUIRED
+
+    @property
+    def limits(self) -> str:
+        """Its range as an inequality, empty without one.
+
+        >>> KEYS["lora_dropout"].limits
+        '0 <= lora_dropout < 1'
+        """
+        low = [f"{self.minimum:g} <="] if self.minimum is not None else []
+        low += [f"{self.above:g} <"] if self.above is not None else []
+        high = [f"<= {self.maximum:.10g}"] if self.maximum is not None else []
+        high += [f"< {self.below:g}"] if self.below is not None else []
+        return " ".join([*low, self.name, *high]) if low or high else ""
+
+    def admits(self, number: float) -> bool:
+        """Whether a number lies within the limits."""
+        return (
+            (self.minimum is None or number >= self.minimum)
+            and (self.maximum is None or number <= self.maximum)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+
+def key(default: Any, help: str, **facts: Any) -> Any:
+    """A dataclass field that is a YAML key; `facts` are fields of `Key`."""
+    return dataclasses.field(default=default, metadata={"help": help, **facts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained and how it is run."""
+
+    model_name_or_path: str = key(
+        REQUIRED, "Folder or Hugging Face id of the model to train.", example="Qwen/Qwen3-8B"
+    )
+    model_revision: str = key("main", "Branch, tag or commit of the model on the Hub.")
+    cache_dir: str | None = key(None, "Folder for downloaded models; null takes Hugging Face's own.")
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
+    dtype: str = key(
+        "auto",
+        "Number format the weights are loaded in; auto is that of the checkpoint.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    disable_gradient_checkpointing: bool | None = key(
+        None,
+        "Keep all activations in memory; null does so on a CPU and recomputes them on an accelerator.",
+    )
+    batch_layout: str = key(
+        "auto",
+        "How responses share a prompt: shared computes it once, repeat once for each response, auto "
+        "shares where the model can.",
+        choices=("auto", "shared", "repeat"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which preference pairs are read and how they become tokens."""
+
+    template: str | None = key(None, "Name of the chat template; null takes the one of the tokenizer.")
+    dataset: tuple[str, ...] = key((), "Names of data sets to train on, as in dataset_info.json.")
+    eval_dataset: tuple[str, ...] = key((), "Names of data sets to evaluate on.")
+    dataset_dir: str = key("data", "Folder with dataset_info.json and its files.")
+    cutoff_len: int = key(2048, "Most tokens of a prompt with one response; more is cut.", minimum=8)
+    max_samples: int | None = key(None, "Most rows read of each data set, from its start.", minimum=1)
+    val_size: float = key(
+        0.0, "Rows held out of dataset for evaluation: a fraction below 1, or a count above 1.", minimum=0
+    )
+    default_system: str | None = key(
+        None, "System message of rows without one; null takes the template's.", verbatim=True
+    )
+    enable_thinking: bool | None = key(
+        True,
+        "Where a response has no thoughts, their empty block is scored (true), put into the prompt "
+        "(null), or put there after thoughts are removed (false).",
+    )
+    preserve_thinking: bool = key(False, "Keep the thoughts of earlier turns in the prompt.")
+    disable_shuffling: bool = key(False, "Train on the rows in the order of the files.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The training method and the numbers of its loss."""
+
+    stage: str = key(
+        REQUIRED,
+        "Training stage; dpo is training on pairs with any pref_loss.",
+        choices=("dpo",),
+        later=("kto", "rm", "ppo", "sft", "pt"),
+        example="dpo",
+    )
+    pref_loss: str = key(
+        "sigmoid",
+        "Loss on a pair of responses.",
+        choices=("sigmoid", "hinge", "ipo", "orpo", "simpo", "kto_pair"),
+    )
+    pref_beta: float = key(
+        0.1, "Strength of the pull to the reference; scale of the reward in simpo, lambda in orpo.", above=0
+    )
+    pref_ftx: float = key(
+        0.0, "Weight of the added negative log-likelihood per token of the chosen response.", minimum=0
+    )
+    dpo_label_smoothing: float = key(
+        0.0,
+        "Share of pairs taken to be labelled the wrong way round (cDPO); for sigmoid only.",
+        minimum=0,
+        below=0.5,
+        reason="at 0.5 a label carries no signal",
+    )
+    simpo_gamma: float = key(0.5, "Margin that simpo asks of the reward, in nats.", minimum=0)
+    ld_alpha: float | None = key(
+        None,
+        "LD-DPO: weight of the tokens beyond the length of the shorter response; null leaves it out.",
+        minimum=0,
+        maximum=1,
+    )
+    ld_alpha_reference: bool = key(
+        True, "Weigh the reference's tokens by ld_alpha too; false is what LLaMA-Factory does."
+    )
+    ipo_average: bool = key(True, "Log-ratios of ipo are means per token; false takes their sums.")
+    pref_bco_weight: float = key(0.0, "Weight of the binary classifier loss (BCO) mixed in.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained on top of the model."""
+
+    finetuning_type: str = key(
+        "lora", "What is trained: lora adds an adapter.", choices=("lora",), later=("full", "freeze", "oft")
+    )
+    lora_rank: int = key(8, "Rank of the adapter's matrices.", minimum=1)
+    lora_alpha: int = key(None, "Scale of the adapter times its rank; null takes twice the rank.", minimum=1)
+    lora_dropout: float = key(0.0, "Dropout before the adapter while training.", minimum=0, below=1)
+    lora_target: tuple[str, ...] = key(
+        ("all",), "Names of the linear modules that get an adapter; all takes every one but the head."
+    )
+    additional_target: tuple[str, ...] = key((), "Names of modules trained in full beside the adapter.")
+    use_rslora: bool = key(False, "Scale the adapter by alpha over the root of the rank.")
+    use_dora: bool = key(False, "Train direction and magnitude of the weights apart (DoRA).")
+
+    def __post_init__(self) -> None:
+        """Resolve `lora_alpha`."""
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2 * self.lora_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind beside the weights."""
+
+    overwrite_output_dir: bool = key(False, "Start over in an output_dir that holds an earlier run.")
+    plot_loss: bool = key(False, "Draw the curves of loss and reward accuracy.")
+    sample_prompts: int = key(
+        0, "Held-out prompts answered by the reference and the tuned model at the end.", minimum=0
+    )
+    sample_max_new_tokens: int = key(256, "Most tokens of each such answer.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: our keys by owner, and the keys of transformers.TrainingArguments that were given."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    adapter: AdapterConfig
+    output: OutputConfig
+    training: dict[str, Any]
+
+    def value(self, name: str) -> Any:
+        """The value that holds for a YAML key, given or default; KeyError where there is no such key."""
+        found = KEYS[name]
+        if found.group == "training":
+            return self.training.get(name, found.default)
+        return getattr(getattr(self, found.group), name)
+
+    def to_yaml_dict(self) -> dict[str, Any]:
+        """The resolved config as flat YAML keys, without secrets; loading them gives an equal config."""
+        values = {name: self.value(name) for name, k in KEYS.items() if k.group != "training"} | self.training
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if not is_secret(name)
+        }
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "method": MethodConfig,
+    "adapter": AdapterConfig,
+    "output": OutputConfig,
+}
+
+
+def _own_keys(group: str, owner: type) -> dict[str, Key]:
+    hints = get_type_hints(owner)
+    return {
+        f.name: Key(
+            f.name,
+            group,
+            _type_names(hints[f.name]),
+            f.default,
+            nullable=f.default is None or type(None) in get_args(hints[f.name]),
+            **f.metadata,
+        )
+        for f in dataclasses.fields(owner)
+    }
+
+
+def _type_names(hint: Any) -> tuple[str, ...]:
+    if getattr(hint, "__origin__", None) is tuple:
+        return ("list",)
+    return tuple(t.__name__ for t in get_args(hint) or (hint,) if t is not type(None))
+
+
+@functools.cache
+def _training_keys() -> dict[str, Key]:
+    described = json.loads(TRAINING_FILE.read_text(encoding="utf-8"))["arguments"]
+    return {
+        row["name"]: Key(
+            row["name"],
+            "training",
+            tuple(row["types"]),
+            REQUIRED if row.get("required") else row["default"],
+            row["help"],
+            row["nullable"],
+            tuple(row["choices"]),
+            example="saves/my-run" if row.get("required") else "",
+            **_LIMITS.get(row["name"], {}),
+        )
+        for row in described
+    }
+
+
+WARMUP_RATIO = Key(
+    "warmup_ratio",
+    "training",
+    ("float",),
+    0.0,
+    "Share of all steps in which the learning rate rises; kept as warmup_steps below 1.",
+    minimum=0,
+    below=1,
+)
+
+KEYS: dict[str, Key] = {
+    **{name: k for group, owner in GROUPS.items() for name, k in _own_keys(group, owner).items()},
+    **_training_keys(),
+    WARMUP_RATIO.name: WARMUP_RATIO,
+}
