@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,11 +55,12 @@ class ResponseLogps:
 
 
 def sum_by_response(token_logps: Tensor, owner: Tensor, num_responses: int) -> ResponseLogps:
-    """Sum token log-probs over their responses, in fp32 (fp64 if given).
+    """Sum token log-probs over their responses, in fp32 or in fp64 if given that.
 
     >>> sum_by_response(torch.tensor([-1., -2., -4.]), torch.tensor([0, 0, 1]), 2).logps
     tensor([-3., -4.])
     """
+    token_logps = token_logps.to(torch.promote_types(token_logps.dtype, torch.float32))
     zeros = token_logps.new_zeros(num_responses)
     lengths = zeros.index_add(0, owner, torch.ones_like(token_logps))
     return ResponseLogps(token_logps, owner, zeros.index_add(0, owner, token_logps), lengths.detach())
@@ -70,6 +71,7 @@ def desensitize_length(responses: ResponseLogps, pairs: Tensor, alpha: float) ->
 
     log p(front) + alpha * log p(tail), front = the first min(|chosen|, |rejected|) tokens, Eq. 10 of
     https://arxiv.org/abs/2409.06411. `lengths` stay the true token counts. alpha = 1 changes nothing.
+    A response may be in one pair only, since its weights depend on its partner.
 
     >>> r = sum_by_response(torch.tensor([-1., -2., -4.]), torch.tensor([0, 0, 1]), 2)
     >>> desensitize_length(r, torch.tensor([[0, 1]]), alpha=0.5).logps
@@ -81,6 +83,5 @@ def desensitize_length(responses: ResponseLogps, pairs: Tensor, alpha: float) ->
     starts = lengths.cumsum(0) - lengths
     owner = responses.owner
     position = torch.arange(len(owner), device=owner.device) - starts[owner]
-    weights = torch.where(position < shared[owner], 1.0, alpha).to(responses.token_logps.dtype)
-    weighted = sum_by_response(responses.token_logps * weights, owner, len(lengths))
-    return replace(weighted, lengths=lengths)
+    weights = torch.ones_like(responses.token_logps).masked_fill(position >= shared[owner], alpha)
+    return sum_by_response(responses.token_logps * weights, owner, len(lengths))
