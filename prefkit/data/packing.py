@@ -1,0 +1,133 @@
+"""From tokenized examples to one batch, in one of two layouts.
+
+`shared`: one row holds every example, a prompt once and its responses after it. A token sees its own
+prompt and, causally, its own response; positions start anew after the prompt for each response.
+`repeat`: a row for each response, its prompt before it, plain causal attention; for models that cannot
+take the first. Nothing after the model can tell one from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prefkit.data.encode import TokenizedExample
+
+Layout = Literal["shared", "repeat"]
+# One prompt and its responses, as (start, end) in the row: (prompt start, prompt end, ((start, end), ...)).
+Segments = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B rows of L tokens with N responses of T tokens in all, in M pairs.
+
+    `input_ids`, `position_ids` (B, L); `segments` describes the one row of the shared layout,
+    `attention_mask` (B, L) the padding of the repeat layout; the other is None.
+
+    Of the response tokens, in order, `target` (T,) is the token id, `source` (T,) the flat position in
+    (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
+    first token of every response. `pairs` (M, 2) has the index of chosen and rejected; `rows` names the
+    examples as `file:row`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments | None
+    attention_mask: Tensor | None
+    source: Tensor
+    target: Tensor
+    owner: Tensor
+    pairs: Tensor
+    rows: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name: the form that a data loader moves between devices."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def num_responses(self) -> int:
+        """N, the number of responses."""
+        return self.pairs.numel()
+
+
+def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
+    """Lay out examples as one batch.
+
+    >>> example = TokenizedExample([7, 8], [[1, 2], [3]], [(0, 1)], "f:1")
+    >>> batch = pack([example], "shared")
+    >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+    ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
+    >>> batch.source.tolist(), batch.target.tolist(), batch.owner.tolist()
+    ([1, 2, 1], [1, 2, 3], [0, 0, 1])
+    """
+    place = _place_shared if layout == "shared" else _place_repeat
+    target, owner, pairs = [], [], []
+    num_responses = 0
+    for example in examples:
+        pairs += [[num_responses + i for i in pair] for pair in example.pairs]
+        for ids in example.response_ids:
+            target += ids
+            owner += [num_responses] * len(ids)
+            num_responses += 1
+    return PackedBatch(
+        **place(examples),
+        target=torch.tensor(target),
+        owner=torch.tensor(owner),
+        pairs=torch.tensor(pairs),
+        rows=tuple(example.source for example in examples),
+    )
+
+
+def _place_shared(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+    tokens: list[int] = []
+    positions: list[int] = []
+    source: list[int] = []
+    segments = []
+    for example in examples:
+        start, length = len(tokens), len(example.prompt_ids)
+        end = start + length
+        tokens += example.prompt_ids
+        positions += range(length)
+        responses = []
+        for ids in example.response_ids:
+            first = len(tokens)
+            tokens += ids
+            positions += range(length, length + len(ids))
+            source += [end - 1, *range(first, first + len(ids) - 1)]
+            responses.append((first, len(tokens)))
+        segments.append((start, end, tuple(responses)))
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([positions]),
+        "segments": tuple(segments),
+        "attention_mask": None,
+        "source": torch.tensor(source),
+    }
+
+
+def _place_repeat(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+    rows = [(example.prompt_ids, ids) for example in examples for ids in example.response_ids]
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    source: list[int] = []
+    for number, (prompt, response) in enumerate(rows):
+        start = number * length + len(prompt) - 1
+        source += range(start, start + len(response))
+    # Any token id does for padding: it is masked, and no loss reads it.
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for row, (prompt, response) in enumerate(rows):
+        size = len(prompt) + len(response)
+        ids[row, :size] = torch.tensor(prompt + response)
+        mask[row, :size] = 1
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(length).expand(len(rows), -1).contiguous(),
+        "segments": None,
+        "attention_mask": mask,
+        "source": torch.tensor(source),
+    }
