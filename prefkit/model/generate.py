@@ -1,0 +1,62 @@
+"""Answer prompts with the model: greedy, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from prefkit.data.template import ChatTemplate
+from prefkit.model.adapter import base_of
+from prefkit.model.attention import plain_attention
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@torch.no_grad()
+def generate_responses(
+    model: PeftModel,
+    template: ChatTemplate,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[str]:
+    """The greedy response to each prompt, as text without control tokens."""
+    tokenizer = template.tokenizer
+    base = base_of(model)
+    was_training = model.training
+    model.eval()
+    responses: list[str] = []
+    with plain_attention(base):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            length = max(map(len, batch))
+            # Left padding, so that every prompt ends where its response starts.
+            ids = torch.zeros(len(batch), length, dtype=torch.long)
+            mask = torch.zeros(len(batch), length, dtype=torch.long)
+            for row, prompt in enumerate(batch):
+                ids[row, length - len(prompt) :] = torch.tensor(prompt)
+                mask[row, length - len(prompt) :] = 1
+            output = model.generate(
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stop_ids(model, template),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            responses += tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    model.train(was_training)
+    return [response.strip() for response in responses]
+
+
+def stop_ids(model: PeftModel, template: ChatTemplate) -> list[int]:
+    """Tokens that end a response: the template's, the tokenizer's and the model's own."""
+    own = base_of(model).generation_config.eos_token_id
+    ids = {template.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(i for i in ids if i is not None)
