@@ -1,0 +1,108 @@
+"""The command line: each verb imports what it needs when it runs, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefkit import __version__
+from prefkit.config.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="Preference training of language models from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Verbs of the tools that people come from, and what to do here.
+_ELSEWHERE = {
+    "api": "This version does not serve models; `vllm serve BASE --enable-lora` serves the adapter it saves.",
+    "chat": "This version has no chat; set sample_prompts in the YAML to see answers before and after.",
+    "eval": "Write `prefkit train config.yaml do_train=false do_eval=true`.",
+    "export": "This version has no export; `peft.PeftModel.merge_and_unload` merges the adapter it saves.",
+    "webchat": "There is no web page; set sample_prompts in the YAML to see answers before and after.",
+    "webui": "There is no web page; `prefkit train config.yaml` runs from one YAML file, see docs/keys.md.",
+}
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def train(
+    config: Annotated[Path, typer.Argument(help="The YAML or JSON file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys to set besides.")
+    ] = None,
+) -> None:
+    """Train as a YAML file says: prefkit train dpo.yaml learning_rate=1e-5."""
+    from prefkit.config.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _quiet_libraries()
+
+    from rich.console import Console
+
+    from prefkit.train.run import train as run
+
+    run(loaded.config, Console())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"prefkit {__version__}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    import platform
+
+    import torch
+
+    from prefkit.runs.record import library_versions
+
+    facts: dict[str, Any] = {**library_versions(), "python": platform.python_version()}
+    facts["platform"] = platform.platform()
+    facts["threads"] = torch.get_num_threads()
+    facts["accelerators"] = (
+        ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
+    )
+    for name, value in facts.items():
+        print(f"{name:14} {value}")
+
+
+@app.command("help")
+def show_help(context: typer.Context) -> None:
+    """Show this help."""
+    assert context.parent is not None
+    print(context.parent.get_help())
+
+
+def _quiet_libraries() -> None:
+    """What libraries say about their own workings is not for the person who trains."""
+    import logging
+
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point of `prefkit`, `llamafactory-cli` and `lmf`."""
+    if len(sys.argv) > 1 and sys.argv[1] in _ELSEWHERE:
+        sys.exit(f"prefkit has no `{sys.argv[1]}`. {_ELSEWHERE[sys.argv[1]]}")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,62 @@
+"""Curves of a run as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CURVES = {
+    "training_loss.png": ("loss", "training loss"),
+    "training_eval_loss.png": ("eval_loss", "held-out loss"),
+    "training_rewards_accuracies.png": ("rewards/accuracies", "reward accuracy"),
+    "training_rewards_margins.png": ("rewards/margins", "reward margin"),
+}
+
+
+def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw each of `CURVES` that the log has at least two points of; a held-out curve joins its own.
+
+    The log is that of `trainer_state.json`. Returns the files written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    for name, (key, title) in CURVES.items():
+        steps, values = _points(log_history, key)
+        if len(steps) < 2:
+            continue
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot(steps, values, color="#9bb8d3", linewidth=1, label="each log line")
+        axes.plot(steps, smooth(values), color="#1f5a93", linewidth=2, label="smoothed")
+        held_out = _points(log_history, f"eval_{key}")
+        if held_out[0]:
+            axes.plot(*held_out, "o-", color="#c8553d", linewidth=1.5, label="held out")
+        axes.set(xlabel="step", ylabel=title, title=title.capitalize())
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(folder / name, dpi=120)
+        pyplot.close(figure)
+        written.append(folder / name)
+    return written
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average, corrected for its start.
+
+    >>> smooth([1.0, 1.0, 1.0])
+    [1.0, 1.0, 1.0]
+    """
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(round(mean / (1 - weight**count), 10))
+    return smoothed
+
+
+def _points(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    lines = [line for line in log_history if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]

@@ -1,0 +1,49 @@
+"""Held-out prompts answered by the reference and by the tuned model, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and both greedy answers; `source` is `file:row`."""
+
+    source: str
+    prompt: str
+    before: str
+    after: str
+
+
+def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
+    """Write `samples.md`, to read, and `samples.jsonl`, for machines."""
+    parts = ["# Held-out prompts, before and after training\n"]
+    for sample in samples:
+        parts.append(f"## {sample.prompt}\n\n*{sample.source}*\n")
+        parts.append(f"**before**\n\n{_quote(sample.before)}\n\n**after**\n\n{_quote(sample.after)}\n")
+    markdown, lines = folder / "samples.md", folder / "samples.jsonl"
+    markdown.write_text("\n".join(parts), encoding="utf-8")
+    text = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    lines.write_text(text, encoding="utf-8")
+    return [markdown, lines]
+
+
+def print_samples(console: Console, samples: Sequence[Sample]) -> None:
+    """Prompts with both answers side by side."""
+    table = Table(title="Held-out prompts", title_justify="left", title_style="bold", show_lines=True)
+    for name, ratio in (("prompt", 2), ("before", 5), ("after", 3)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    for sample in samples:
+        table.add_row(*map(escape, (sample.prompt, sample.before, sample.after)))
+    console.print(table)
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or "> (nothing)"

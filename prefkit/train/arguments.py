@@ -1,0 +1,60 @@
+"""From our config to transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefkit.config.errors import UserError
+from prefkit.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# What the Trainer must not decide by itself, whatever the YAML says.
+_FIXED: dict[str, Any] = {
+    "remove_unused_columns": False,  # our batches are no rows of a table
+    "label_names": [],
+    "disable_tqdm": True,  # our own progress bar
+    "logging_nan_inf_filter": False,  # it hides a loss that is not a number
+}
+
+
+def make_training_arguments(config: RunConfig) -> TrainingArguments:
+    """The Trainer's arguments, with defaults for the machine: CPU when there is no accelerator, activation
+    checkpointing on an accelerator only.
+
+    Raises `UserError` when transformers refuses the combination.
+    """
+    from transformers import TrainingArguments
+
+    given = dict(config.training)
+    has_accelerator = torch.accelerator.is_available() and not given.get("use_cpu")
+    # The old name of activation checkpointing is deprecated, and used by every config there is.
+    kwargs = given.pop("gradient_checkpointing_kwargs", None) or given.get("activation_checkpointing_kwargs")
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    asked = given.pop("gradient_checkpointing", None)
+    if asked is not None:
+        given["activation_checkpointing"] = asked
+    elif config.model.disable_gradient_checkpointing is not None:
+        given["activation_checkpointing"] = not config.model.disable_gradient_checkpointing
+    given.setdefault("activation_checkpointing", has_accelerator)
+    given["activation_checkpointing_kwargs"] = {"use_reentrant": False, **(kwargs or {})}
+    given.setdefault("log_level", "error")
+    given.setdefault("log_level_replica", "error")
+    given.setdefault("ddp_find_unused_parameters", False)
+    if config.data.disable_shuffling:
+        given["train_sampling_strategy"] = "sequential"
+    try:
+        args = TrainingArguments(**{**given, **_FIXED, "use_cpu": not has_accelerator})
+    except (ValueError, ImportError) as error:
+        raise UserError(f"transformers refuses these training arguments: {error}") from error
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: launch with "
+            f"`torchrun --nproc_per_node {args.n_gpu} -m prefkit train ...`, "
+            "or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    return args

@@ -1,0 +1,140 @@
+"""What a running training shows and writes: a progress bar and `trainer_log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from prefkit.train.trainer import PrefTrainer
+
+LOG_FILE = "trainer_log.jsonl"
+# Keys of a line in the log file, and what they are called in the Trainer's own log.
+_LOG_KEYS = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "predict_loss": "predict_loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "eval_accuracy": "eval_rewards/accuracies",
+    "eval_margin": "eval_rewards/margins",
+    "lr": "learning_rate",
+    "epoch": "epoch",
+}
+
+
+class LogFile(TrainerCallback):
+    """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock, and drop lines beyond the step that training goes on from."""
+        self.started, self.first_step = time.time(), state.global_step
+        if state.is_world_process_zero:
+            _keep_lines(_log_file(args), state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line."""
+        logs = logs or {}
+        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps}
+        line |= {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
+        if not state.is_world_process_zero or not line.keys() & {"loss", "eval_loss"}:
+            return
+        elapsed = time.time() - self.started if hasattr(self, "started") else 0.0
+        done = state.global_step - getattr(self, "first_step", 0)
+        remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
+        line["percentage"] = round(100 * state.global_step / max(state.max_steps, 1), 2)
+        line["elapsed_time"] = str(timedelta(seconds=int(elapsed)))
+        line["remaining_time"] = str(timedelta(seconds=int(remaining)))
+        with _log_file(args).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _log_file(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / LOG_FILE
+
+
+def _keep_lines(file: Path, last_step: int) -> None:
+    """Keep the lines of steps up to `last_step`: a resumed run writes the later ones again."""
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["current_steps"] <= last_step]
+        file.write_text("".join(kept) if last_step else "", encoding="utf-8")
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, margin and accuracy of the newest step; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.trainer: PrefTrainer | None = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        self.task = self.progress.add_task("train", total=state.max_steps, numbers="")
+        self.progress.update(self.task, completed=state.global_step)
+        if self.console.is_terminal:
+            self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        numbers = _numbers(self.trainer.latest) if self.trainer else ""
+        self.progress.update(self.task, completed=state.global_step, numbers=numbers)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print a line for the log where no bar can move, and for each evaluation."""
+        logs = logs or {}
+        step = f"step {state.global_step}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.console.print(f"{step}  held out: {_numbers(logs, 'eval_')}", highlight=False)
+        elif "loss" in logs and not self.console.is_terminal:
+            self.console.print(f"{step}  {_numbers(logs)}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        if self.console.is_terminal:
+            self.progress.stop()
+
+
+def _numbers(values: dict[str, float], prefix: str = "") -> str:
+    names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    shown = {label: values.get(prefix + name) for label, name in names.items()}
+    return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)

@@ -1,0 +1,394 @@
+"""Checkpoints without pickle: `checkpoint-N` exists only when it is whole, and a resumed run is the same run.
+
+A checkpoint is a folder of safetensors and JSON. It is written as `.saving-N`, closed by a manifest of
+sizes and sha256 sums, forced to disk and only then renamed, so a kill or a power cut at any instant leaves
+the older checkpoints as they were. What a run needs besides its weights:
+
+    optimizer.safetensors   tensors of the optimiser, keyed "index/name"; the rest is in optimizer.json
+    scheduler.json          and scaler.json where fp16 scales the loss
+    rng_state_<rank>.json   generators of one process, and its losses since the last log line
+    stage_state.json        what the stage hands to `extra_state`
+    trainer_state.json      and training_args.json, without tokens
+
+A pickle can run code, so none is written and a folder that holds one is refused. The sums guard against
+accidents, not against someone who can rewrite the manifest as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import ExportableState, TrainerState
+
+from prefkit.config.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LEFTOVER = re.compile(r"\.saving-\d+|\.old-(checkpoint-\d+)(-deleted)?")
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+INFINITE = (float("inf"), float("-inf"))
+LOSS_COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be saved or resumed from; the message names the folder and the file."""
+
+
+def find_newest_checkpoint(
+    output_dir: str | Path, report: Callable[[str, str], None] | None = None
+) -> Path | None:
+    """The whole `checkpoint-N` with the highest N, or None; every file of it is read and verified.
+
+    `report(name, reason)` is called for each newer one that is passed over, by default to log a warning.
+    Call `remove_leftovers` first: it can bring a checkpoint back.
+    """
+    report = report or (lambda name, reason: logger.warning("%s is passed over: %s", name, reason))
+    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as error:
+            report(checkpoint.name, str(error))
+        else:
+            return checkpoint
+    return None
+
+
+def verify_checkpoint(checkpoint: str | Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises CheckpointError if it holds a pickle or weights the manifest does not know, has no manifest, or
+    if a file is missing or not what was saved.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a folder")
+    found = _files(checkpoint)
+    with _blame(checkpoint / MANIFEST):
+        listed = _read_json(checkpoint / MANIFEST)["files"]
+        for name, entry in listed.items():
+            if name not in found or _describe(checkpoint / name) != entry:
+                state = "was changed after it was saved" if name in found else "is missing"
+                raise CheckpointError(f"{checkpoint}: {name} {state}")
+    for name in found:
+        if name.endswith(".safetensors") and name not in listed:
+            raise CheckpointError(f"{checkpoint}: {name} is not in its {MANIFEST}")
+
+
+def remove_leftovers(output_dir: str | Path) -> list[str]:
+    """Clear what a killed save left behind and return the names; call it before a run looks for checkpoints.
+
+    `.saving-N` is half a save, `.old-checkpoint-N` half a deletion. But where `checkpoint-N` is absent the
+    latter is whole: its replacement never came, and it gets its name back.
+    """
+    leftovers = [match for path in Path(output_dir).glob(".*") if (match := LEFTOVER.fullmatch(path.name))]
+    for name, checkpoint, deleted in ((match[0], match[1], match[2]) for match in leftovers):
+        if checkpoint and not deleted and not Path(output_dir, checkpoint).exists():
+            Path(output_dir, name).rename(Path(output_dir, checkpoint))
+        else:
+            shutil.rmtree(Path(output_dir, name))
+    return sorted(match[0] for match in leftovers)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Every `checkpoint-N`, whole or not, by rising N."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files in a folder and below. Raises CheckpointError if one of them may be a pickle."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if pickles := [path for path in files if path.suffix.lower() in PICKLES]:
+        hint = "Resume from a checkpoint that prefkit saved, or start from the safetensors weights alone"
+        raise CheckpointError(f"{pickles[0]} may be a pickle, which can run code, and is not opened. {hint}")
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def _publish(staging: Path, final: Path) -> None:
+    """Turn the finished folder `staging` into `final`: manifest, fsync, rename."""
+    listed = {name: _describe(staging / name) for name in _files(staging)}
+    _write_json(staging / MANIFEST, {"files": listed})
+    for path in [*staging.rglob("*"), staging]:
+        _fsync(path)
+    old = _set_aside(final)  # a folder is not replaced in one step; remove_leftovers undoes this half
+    staging.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
+    """Delete the checkpoints saved first until `limit` are left, never one in `keep`."""
+    checkpoints = sorted(_checkpoints(output_dir), key=lambda path: path.stat().st_mtime_ns)
+    surplus = len(checkpoints) - limit if limit and limit > 0 else 0
+    for checkpoint in [path for path in checkpoints if path.name not in keep][: max(surplus, 0)]:
+        shutil.rmtree(_set_aside(checkpoint, "-deleted"), ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path, suffix: str = "") -> Path:
+    aside = checkpoint.with_name(f".old-{checkpoint.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if checkpoint.exists():
+        checkpoint.rename(aside)
+    return aside
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with the file `path` into a CheckpointError that names it."""
+    try:
+        yield
+    except UNUSABLE as error:
+        raise CheckpointError(f"{path.parent}: {path.name}: {type(error).__name__}: {error}") from error
+
+
+def _pack(value: Any, tensors: dict[str, Tensor] | None = None, key: str = "") -> Any:
+    """`value` for JSON: tuples are marked, tensors move to `tensors` under the path that leads to them.
+
+    >>> _pack({"0": {"betas": (0.9, 0.999), "step": torch.tensor(3.0)}}, {})
+    {'0': {'betas': {'__tuple__': [0.9, 0.999]}, 'step': {'__tensor__': '0/step'}}}
+    """
+    if isinstance(value, Tensor) and tensors is not None:
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"__tensor__": key}
+    if isinstance(value, (tuple, list)):
+        items = [_pack(item, tensors, f"{key}/{index}") for index, item in enumerate(value)]
+        return {"__tuple__": items} if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        if odd := [name for name in value if not isinstance(name, str)]:
+            raise TypeError(f"JSON would turn the key {odd[0]!r} into a string")
+        return {name: _pack(item, tensors, f"{key}/{name}".lstrip("/")) for name, item in value.items()}
+    return value
+
+
+def _write_json(path: Path, value: Any, tensors: dict[str, Tensor] | None = None) -> None:
+    with _blame(path):
+        path.write_text(json.dumps(_pack(value, tensors), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, tensors: dict[str, Tensor] | None = None) -> Any:
+    def unpack(value: dict[str, Any]) -> Any:
+        if value.keys() == {"__tuple__"}:
+            return tuple(value["__tuple__"])
+        if value.keys() == {"__tensor__"}:
+            return (tensors or {})[value["__tensor__"]]
+        return value
+
+    with _blame(path):
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=unpack)
+
+
+def _undo_casts(optimizer: Any, saved: dict[int, dict[str, Any]]) -> None:
+    """Give the optimiser's tensors the dtype they had; torch loads them in that of their parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in saved.items():
+        current = optimizer.state[parameters[index]]
+        for name in current.keys() & state.keys():
+            if isinstance(current[name], Tensor) and current[name].dtype != state[name].dtype:
+                current[name] = state[name].to(current[name].device)
+
+
+def _torch_generators(device: torch.device) -> dict[str, Any]:
+    accelerator = {} if device.type == "cpu" else {device.type: torch.get_device_module(device)}
+    return {"cpu": torch.random, **accelerator}
+
+
+class PickleFreeCheckpoints(Trainer):
+    """Mixin that goes before `transformers.Trainer` and replaces how it saves and resumes.
+
+    One process or several under DDP, on one shared file system. `train(resume_from_checkpoint=True)` takes
+    the newest whole checkpoint of `output_dir`; a path takes that one or raises CheckpointError. A resumed
+    run ends with the weights, states, log lines and summary of a run that was never stopped. Checkpoints are
+    not pushed to the Hub.
+    """
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a stage must remember across a resume, as JSON values; saved by the main process."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back on every process what `extra_state` gave, before the first resumed step."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, on request from a verified checkpoint. Raises CheckpointError if it is not whole."""
+        self._started = time.time()
+        output_dir = str(self.args.output_dir)
+        if self.args.should_save and (names := remove_leftovers(output_dir)):
+            logger.warning("cleared what an interrupted save left: %s", ", ".join(names))
+        if self.args.push_to_hub:
+            logger.warning("push_to_hub: checkpoints stay here, only a finished model can be pushed")
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            newest = find_newest_checkpoint(output_dir)
+            if newest is None:
+                raise CheckpointError(f"{output_dir} has no whole checkpoint to resume from")
+            resume_from_checkpoint = str(newest)
+        elif resume_from_checkpoint:
+            verify_checkpoint(resume_from_checkpoint)
+        self._resume_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(self._resume_from, *args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write `checkpoint-<step>` as a whole, then delete what exceeds `save_total_limit`."""
+        kind = self.accelerator.distributed_type.value
+        if self.args.n_gpu > 1 or (kind != "NO" and not kind.startswith("MULTI_")):
+            raise NotImplementedError(
+                f"no checkpoint without pickle yet: {kind}, {self.args.n_gpu} GPUs each"
+            )
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        staging = run_dir / f".saving-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self.save_model(str(staging), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.args.should_save:
+            stateful: list[Any] = [*self.callback_handler.callbacks, self.control]
+            stateful = [callback for callback in stateful if isinstance(callback, ExportableState)]
+            self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            _publish(staging, final)
+            best = Path(self.state.best_model_checkpoint or final)
+            _rotate(run_dir, self.args.save_total_limit, {final.name, best.name})
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save model, tokenizer or processor, and the arguments as JSON."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            model.save_pretrained(str(folder), state_dict=state_dict)
+        else:
+            save_file(state_dict or model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))
+        arguments = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
+        _write_json(folder / "training_args.json", arguments)
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        parts = {"scheduler.json": self.lr_scheduler, "scaler.json": self.accelerator.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the state of the optimiser, the scheduler, the loss scaler and the stage."""
+        if not self.args.should_save:
+            return
+        folder, optimizer = Path(output_dir), cast(Any, self.optimizer)
+        tensors: dict[str, Tensor] = {}
+        rest = dict(optimizer.state_dict())
+        by_index = {str(index): state for index, state in rest.pop("state").items()}
+        _write_json(folder / "optimizer.json", by_index | rest, tensors)
+        with _blame(path := folder / "optimizer.safetensors"):
+            save_file(tensors, path)
+        for name, part in self._stateful_parts().items():
+            # An infinity (the first `best` of a plateau) is no JSON; left out, the constructor sets it again.
+            _write_json(folder / name, {k: v for k, v in part.state_dict().items() if v not in INFINITE})
+        _write_json(folder / "stage_state.json", self.extra_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` saved. Raises CheckpointError if any of it is missing."""
+        if checkpoint is None:
+            return
+        folder, optimizer = Path(checkpoint), cast(Any, self.optimizer)
+        with _blame(path := folder / "optimizer.safetensors"):  # cloned: what is loaded is a view of the file
+            tensors = {name: value.clone() for name, value in load_file(path).items()}
+        with _blame(path := folder / "optimizer.json"):
+            rest = _read_json(path, tensors)
+            saved = {int(index): rest.pop(index) for index in list(rest) if index.isdigit()}
+            optimizer.load_state_dict(rest | {"state": saved})
+            _undo_casts(optimizer, saved)
+        for name, part in self._stateful_parts().items():
+            with _blame(path := folder / name):
+                part.load_state_dict(_read_json(path))
+        with _blame(path := folder / "stage_state.json"):
+            self.load_extra_state(_read_json(path))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save what differs by process: the generators and the losses that wait for a log line."""
+        numpy: Any = np.random.get_state()
+        states = {
+            "world_size": self.args.world_size,
+            "seconds": time.time() - self._started,
+            "loss": self._tr_loss.item(),
+            **{name: getattr(self, name, 0) for name in LOSS_COUNTERS},
+            "python": random.getstate(),
+            "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
+        }
+        for name, generator in _torch_generators(self.args.device).items():
+            states[name] = generator.get_rng_state().tolist()
+        _write_json(Path(output_dir) / f"rng_state_{self.args.process_index}.json", states)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore what `_save_rng_state` saved; the Trainer's last call before the first resumed step."""
+        if checkpoint is None:
+            return
+        self._resume_from = None
+        with _blame(path := Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
+            states = _read_json(path)
+            if states["world_size"] != self.args.world_size:
+                raise ValueError(f"saved by {states['world_size']} processes, not {self.args.world_size}")
+            self._started -= states["seconds"]
+            self._tr_loss.fill_(states["loss"])
+            for name in LOSS_COUNTERS:
+                setattr(self, name, states[name])
+            random.setstate(states["python"])
+            np.random.set_state(states["numpy"])
+            for name, generator in _torch_generators(self.args.device).items():
+                generator.set_rng_state(torch.tensor(states[name], dtype=torch.uint8))
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Sum up the whole run, the sessions before a resume included."""
+        self._load_rng_state(self._resume_from)  # not done yet if there was no step left to take
+        return super()._finalize_training(trial, num_train_samples, self._started)
+
+    def _load_best_model(self) -> None:
+        verify_checkpoint(str(self.state.best_model_checkpoint))
+        super()._load_best_model()

@@ -1,0 +1,156 @@
+"""What a training method needs, and how a batch becomes losses and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkit.config.errors import UserError
+from prefkit.config.schema import MethodConfig
+from prefkit.model.policy import response_logps
+from prefkit.model.reference import Reference
+from prefkit.objectives.logps import PairLogps, ResponseLogps, desensitize_length
+from prefkit.objectives.metrics import pairwise_metrics
+from prefkit.objectives.pairwise import LOSSES, RunningMean, bco_loss, mean_kl, mix_bco, rewards, sft_loss
+
+# How far policy and reference may differ, in nats per token, where they are the same weights. The forward
+# is the same, so the difference is 0 but for DoRA, which rescales its weights in rounded numbers.
+IDENTITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class IdentityError(UserError):
+    """Policy and reference differ before training although they must not."""
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """Losses (M,), with gradient, and metrics by name, (M,) each, without."""
+
+    losses: Tensor
+    metrics: dict[str, Tensor]
+
+
+class DpoStage:
+    """Direct preference optimisation with any of `LOSSES`, and the terms that can be added.
+
+    `gather` joins a vector from all ranks; `expects_identity` asks for the first batch to be checked
+    against `IDENTITY_TOLERANCE[dtype]`.
+    """
+
+    def __init__(self, method: MethodConfig, reference: Reference | None, dtype: torch.dtype) -> None:
+        self.loss = LOSSES[method.pref_loss]
+        self.reference = reference
+        self.dtype = dtype
+        self.method = method
+        self.expects_identity = False
+        self.gather: Callable[[Tensor], Tensor] = lambda values: values
+        self.reward_mean = RunningMean()
+        self._step_rewards: list[Tensor] = []
+        numbers = {
+            "beta": method.pref_beta,
+            "label_smoothing": method.dpo_label_smoothing,
+            "average": method.ipo_average,
+            "gamma": method.simpo_gamma,
+        }
+        self.numbers = {name: numbers[name] for name in self.loss.params}
+
+    def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
+        """Losses and metrics of a packed batch.
+
+        Raises `IdentityError` when the first batch shows that the reference is not what it should be.
+        """
+        responses = response_logps(model, batch)
+        reference = self.reference.logps(model, batch) if self.reference else None
+        plain = responses.pair(batch["pairs"])
+        policy = self._weigh(responses, batch["pairs"], self.method.ld_alpha).pair(batch["pairs"])
+        reference_pair = None
+        if reference is not None:
+            if self.expects_identity:
+                self._check_identity(responses, reference, batch["rows"])
+            alpha = self.method.ld_alpha if self.method.ld_alpha_reference else None
+            reference_pair = self._weigh(reference, batch["pairs"], alpha).pair(batch["pairs"])
+        numbers: dict[str, Any] = {**self.numbers, **self._batch_kl(policy, reference_pair)}
+        losses = self.loss.fn(policy, reference_pair, **numbers)
+        if self.expects_identity and reference_pair is not None:
+            self._check_loss(losses, reference_pair, numbers, policy_is_weighed=self.method.ld_alpha is None)
+        self.expects_identity = False
+        losses = self._add_terms(losses, policy, plain, reference_pair, learns=model.training)
+        pair_rewards = self.loss.rewards(policy, reference_pair, **numbers)
+        return StageOutput(losses, pairwise_metrics(plain, pair_rewards, self.loss.parts))
+
+    def end_step(self) -> None:
+        """After an optimiser step: the rewards seen in it, on all ranks, join their running mean.
+
+        Within the step the mean stays, so that the loss does not depend on how it is cut in micro-batches.
+        """
+        if self._step_rewards:
+            seen = torch.cat(self._step_rewards).detach()
+            total, count = (
+                self.gather(torch.stack([seen.sum(), seen.new_tensor(len(seen))])).view(-1, 2).sum(0)
+            )
+            self.reward_mean = self.reward_mean.update(total.item(), int(count))
+            self._step_rewards = []
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights, as JSON."""
+        return {"reward_mean": asdict(self.reward_mean)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.reward_mean = RunningMean(**state["reward_mean"])
+
+    @staticmethod
+    def _weigh(responses: ResponseLogps, pairs: Tensor, alpha: float | None) -> ResponseLogps:
+        return responses if alpha is None else desensitize_length(responses, pairs, alpha)
+
+    def _batch_kl(self, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+        """KL of either side, from all ranks' micro-batches, where the loss has such a term."""
+        if not self.loss.needs_batch_kl or reference is None:
+            return {}
+        return {
+            "kl_chosen": mean_kl(self.gather((policy.chosen - reference.chosen).detach())),
+            "kl_rejected": mean_kl(self.gather((policy.rejected - reference.rejected).detach())),
+        }
+
+    def _add_terms(
+        self, losses: Tensor, policy: PairLogps, plain: PairLogps, reference: PairLogps | None, learns: bool
+    ) -> Tensor:
+        """Mix in the classifier loss and add the likelihood of chosen, each where it has a weight."""
+        if self.method.pref_bco_weight and reference is not None:
+            if learns:
+                self._step_rewards += rewards(policy, reference, beta=self.method.pref_beta)
+            bco = bco_loss(policy, reference, beta=self.method.pref_beta, shift=self.reward_mean.mean)
+            losses = mix_bco(losses, bco, self.method.pref_bco_weight)
+        if self.method.pref_ftx:
+            losses = losses + self.method.pref_ftx * sft_loss(plain)
+        return losses
+
+    def _check_identity(self, policy: ResponseLogps, reference: ResponseLogps, rows: tuple[str, ...]) -> None:
+        tolerance = IDENTITY_TOLERANCE[self.dtype]
+        difference = (policy.token_logps.detach() - reference.token_logps).abs().mean().item()
+        if not difference <= tolerance:
+            assert self.reference is not None
+            raise IdentityError(
+                "Before the first update policy and reference must agree, but their log-probs differ by "
+                f"{difference:.2g} nats per token (tolerance {tolerance:g} in {self.dtype}) on "
+                f"{', '.join(rows)}. The reference is {self.reference.describe()}. Nothing was trained: "
+                "every margin would start from a wrong zero."
+            )
+
+    def _check_loss(
+        self, losses: Tensor, reference: PairLogps, numbers: dict[str, Any], policy_is_weighed: bool
+    ) -> None:
+        """The loss must be what its own formula gives where policy and reference are equal."""
+        if not policy_is_weighed and not self.method.ld_alpha_reference:
+            return  # one side is weighed and the other is not, so they do not start equal
+        expected = self.loss.fn(reference, reference, **numbers)
+        slack = 0.01 + 20 * IDENTITY_TOLERANCE[self.dtype]
+        if not torch.allclose(losses.detach(), expected, rtol=slack, atol=slack):
+            raise IdentityError(
+                f"Before the first update the loss must be {expected.mean():.4f}, its value where policy and "
+                f"reference agree, but it is {losses.mean():.4f}. Nothing was trained."
+            )

@@ -1,0 +1,163 @@
+"""The one Trainer subclass: a stage computes, transformers does the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from prefkit.config.errors import UserError
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.packing import Layout, pack
+from prefkit.train.checkpoint import PickleFreeCheckpoints
+from prefkit.train.stages import DpoStage, StageOutput
+
+
+class PrefTrainer(PickleFreeCheckpoints, Trainer):
+    """Trains a stage on packed batches.
+
+    The loss of an optimiser step is the mean over all its examples, on every rank and in every
+    micro-batch, however unequal these are.
+    """
+
+    # compute_loss divides by the examples of the whole step, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        stage: DpoStage,
+        layout: Layout,
+        train_examples: Sequence[TokenizedExample],
+        eval_examples: Sequence[TokenizedExample],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda examples: pack(examples, layout).to_dict(),
+            train_dataset=list(train_examples) or None,
+            eval_dataset=list(eval_examples) or None,
+            processing_class=tokenizer,
+            compute_metrics=self._mean_metrics,
+        )
+        self.stage = stage
+        stage.gather = self.accelerator.gather
+        self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
+        self._step_sums: dict[str, Tensor] = {}
+        self._window_sums: dict[str, Tensor] = {}
+        self._metric_names: list[str] = []
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share in the mean loss of the optimiser step."""
+        output = self.stage.compute(model, inputs)
+        self._record(output)
+        # DDP and its kin average gradients over ranks, so each rank's sum is scaled up again.
+        assert num_items_in_batch is not None
+        loss = output.losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Loss and metrics of each pair, (M, K); the loop gathers them and drops repeated rows."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = self.stage.compute(model, self._prepare_inputs(inputs))
+        values = {"loss": output.losses, **output.metrics}
+        self._metric_names = list(values)
+        table = torch.stack([value.float() for value in values.values()], 1)
+        return None, table, table.new_zeros(len(table))
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        assert not isinstance(prediction.predictions, tuple)
+        means = prediction.predictions.mean(axis=0, dtype="float64")
+        return dict(zip(self._metric_names, means.tolist(), strict=True))
+
+    def predict_pairs(
+        self, examples: Sequence[TokenizedExample]
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Means over all examples, named `predict_...`, and the values of each example, in order."""
+        output = self.predict(list(examples), metric_key_prefix="predict")  # type: ignore[arg-type]
+        assert not isinstance(output.predictions, tuple)
+        rows = [dict(zip(self._metric_names, row, strict=True)) for row in output.predictions.tolist()]
+        return output.metrics or {}, rows
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means, over examples and ranks, of the metrics since the last line of the log."""
+        if "loss" in logs and self._window_sums:
+            means = self._means(self._window_sums)
+            logs.update({name: value for name, value in means.items() if name != "loss"})
+            self._window_sums = {}
+        super().log(logs, start_time)
+
+    def extra_state(self) -> dict[str, Any]:
+        """The stage's state and the metrics that the next line of the log will average."""
+        window = {name: sums.tolist() for name, sums in self._window_sums.items()}
+        return {"stage": self.stage.state(), "window": window}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+        self.stage.load_state(state["stage"])
+        self._window_sums = {
+            name: torch.tensor(sums, device=self.args.device) for name, sums in state["window"].items()
+        }
+
+    def _record(self, output: StageOutput) -> None:
+        """Add a micro-batch's metrics to the sums and counts of the step and of the log window."""
+        _add(self._step_sums, {"loss": output.losses.detach(), **output.metrics})
+        if not self.accelerator.sync_gradients:
+            return
+        self.latest = {name: (sums[0] / sums[1]).item() for name, sums in self._step_sums.items()}
+        for name, sums in self._step_sums.items():
+            self._window_sums[name] = self._window_sums[name] + sums if name in self._window_sums else sums
+        self._step_sums = {}
+        self.stage.end_step()
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        stacked = torch.stack(list(sums.values()))
+        totals = self.accelerator.reduce(stacked, "sum")
+        return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Pairs in the whole optimiser step: all its micro-batches, on all ranks."""
+        count = torch.tensor(sum(len(batch["pairs"]) for batch in batch_samples), device=device)
+        total: Tensor = self.accelerator.reduce(count, "sum")
+        return total
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device; dtypes stay, which the Trainer's own does not promise."""
+        moved: dict[str, Any] = send_to_device(inputs, self.args.device)
+        return moved
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | Tensor:
+        """The gradient norm, which must be finite: no update with anything else."""
+        norm: float | Tensor = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(float(norm)):
+            raise UserError(
+                f"Step {self.state.global_step + 1}: gradient norm {float(norm)}; nothing was "
+                "updated. A smaller learning_rate, or bf16 for fp16, may help; the last checkpoint is whole."
+            )
+        return norm
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add (sum, count) of each vector to `sums`."""
+    for name, vector in values.items():
+        pair = torch.stack([vector.sum(), vector.new_tensor(len(vector))])
+        sums[name] = sums[name] + pair if name in sums else pair
