@@ -46,11 +46,10 @@ def train(
         print(f"warning: {warning}", file=sys.stderr)
     _quiet_libraries()
 
-    from rich.console import Console
-
+    from prefkit.runs.report import make_console
     from prefkit.train.run import train as run
 
-    run(loaded.config, Console())
+    run(loaded.config, make_console())
 
 
 @app.command()

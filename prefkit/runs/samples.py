@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def print_samples(console: Console, samples: Sequence[Sample]) -> None:
     for name, ratio in (("prompt", 2), ("before", 5), ("after", 3)):
         table.add_column(name, ratio=ratio, overflow="fold")
     for sample in samples:
-        table.add_row(*map(escape, (sample.prompt, sample.before, sample.after)))
-    console.print(table)
+        table.add_row(*map(Text, (sample.prompt, sample.before, sample.after)))
+    console.print(table, soft_wrap=False)
 
 
 def _quote(text: str) -> str:

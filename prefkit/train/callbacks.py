@@ -122,9 +122,9 @@ class ProgressBar(TrainerCallback):
         logs = logs or {}
         step = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.console.print(f"{step}  held out: {_numbers(logs, 'eval_')}", highlight=False)
+            self.console.print(f"{step}  held out: {_numbers(logs, 'eval_')}")
         elif "loss" in logs and not self.console.is_terminal:
-            self.console.print(f"{step}  {_numbers(logs)}", highlight=False)
+            self.console.print(f"{step}  {_numbers(logs)}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,7 +11,7 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.runs.record import RECORD_FILE, changed_keys, read_record
 from prefkit.train.callbacks import LOG_FILE
-from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers
+from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class OutputFolder:
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
     """Make or check `output_dir`; `say` tells the user what was found.
 
+    `resume_from_checkpoint` may name the checkpoint; otherwise the newest whole one is taken.
+
     Raises `UserError` for a folder with files of another origin, for a finished run of another config,
-    and for a folder that cannot be written.
+    for a folder that cannot be written, and for a named checkpoint that is not whole.
     """
     path = Path(config.training["output_dir"]).expanduser()
     try:
@@ -57,6 +59,11 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
             )
         return OutputFolder(path, finished=True)
     remove_leftovers(path)
+    asked = config.training.get("resume_from_checkpoint")
+    if isinstance(asked, str):
+        verify_checkpoint(asked)
+        say(f"Resuming from {asked}.")
+        return OutputFolder(path, Path(asked))
     checkpoint = find_newest_checkpoint(path, lambda name, why: say(f"Passing over {name}: {why}."))
     if checkpoint is None:
         say(f"An earlier run in {path} left no checkpoint; starting from the beginning.")

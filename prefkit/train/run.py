@@ -95,7 +95,7 @@ def _build_model(config: RunConfig, args: TrainingArguments, console: Console) -
         use_shared_prompts(base)
     why = architecture.sharing_obstacle or "as batch_layout says"
     told = "a prompt is computed once for its responses" if layout == "shared" else f"not shared: {why}"
-    console.print(f"Batches: {layout} layout ({told}).", highlight=False)
+    console.print(f"Batches: {layout} layout ({told}).")
     if architecture.logits is None:
         console.print(f"The head of {architecture.name} is not known: all logits are held in memory.")
     policy = add_lora(base, config.adapter)
@@ -105,7 +105,6 @@ def _build_model(config: RunConfig, args: TrainingArguments, console: Console) -
     console.print(
         f"Training {trainable:,} of {total:,} weights ({', '.join(sorted(_dtypes(policy)))}; "
         f"forward in {_compute_dtype(policy, args)}).".replace("torch.", ""),
-        highlight=False,
     )
     return policy, layout
 
@@ -136,7 +135,7 @@ def _build_trainer(
 ) -> PrefTrainer:
     reference = AdapterOff(model) if LOSSES[config.method.pref_loss].needs_reference else None
     told = reference.describe() if reference else f"none: {config.method.pref_loss} does not use one"
-    console.print(f"Reference: {told}.", highlight=False)
+    console.print(f"Reference: {told}.")
     stage = DpoStage(config.method, reference, _compute_dtype(model, args))
     stage.expects_identity = reference is not None and folder.checkpoint is None
     bar = ProgressBar(console)
@@ -183,13 +182,12 @@ class Run:
         if not self.pairs.held_out:
             raise DataError("do_eval/do_predict: every held-out row was rejected")
         if args.do_eval:
-            metrics = self.trainer.evaluate()
+            metrics = self._last_evaluation() or self.trainer.evaluate()
             self.trainer.save_metrics("eval", metrics)
             accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
             self.console.print(
-                f"[bold]Held out:[/bold] reward accuracy {accuracy:.3f}, margin {margin:.3f} "
+                f"Held out: reward accuracy {accuracy:.3f}, margin {margin:.3f} "
                 f"({len(self.pairs.held_out)} pairs)",
-                highlight=False,
             )
         if args.do_predict:
             metrics, rows = self.trainer.predict_pairs(self.pairs.held_out)
@@ -198,6 +196,14 @@ class Run:
             lines = (json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, rows, strict=True))
             if self._leads:
                 (self.folder.path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def _last_evaluation(self) -> dict[str, float] | None:
+        """The metrics of an evaluation that training ended with, if it did."""
+        state = self.trainer.state
+        last = next((line for line in reversed(state.log_history) if "eval_loss" in line), None)
+        if last is None or last["step"] != state.global_step:
+            return None
+        return {name: value for name, value in last.items() if name != "step"}
 
     def sample(self) -> None:
         """Answers of reference and tuned model to `sample_prompts` held-out prompts."""

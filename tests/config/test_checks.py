@@ -44,6 +44,8 @@ BROKEN = {
     "scheduler_without_eval": "lr_scheduler_type: reduce_lr_on_plateau",
     "checkpointing": "disable_gradient_checkpointing: true\ngradient_checkpointing: true",
     "checkpointing_alias": "gradient_checkpointing: true\nactivation_checkpointing: false",
+    "deepspeed": "deepspeed: ds.json",
+    "fsdp": "fsdp: full_shard",
     "prefetch_without_workers": "dataloader_prefetch_factor: 2",
 }
 

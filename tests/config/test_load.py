@@ -78,11 +78,11 @@ def one_value(load, lines: str, key: str, *overrides: str):
         ("report_to: [wandb, tensorboard]", ["wandb", "tensorboard"]),
         ("report_to: wandb", "wandb"),
         ("lr_scheduler_kwargs: {num_cycles: 2}", {"num_cycles": 2}),
-        ("deepspeed: ds.json", "ds.json"),
+        ("accelerator_config: ds.json", "ds.json"),
         ("default_system: 'solve ${x}$'", "solve ${x}$"),
         ("max_samples: 1e3", 1000),
         ("lora_rank: 4", 4),
-        ("fsdp: true", True),
+        ("include_num_input_tokens_seen: true", True),
     ],
 )
 def test_values_are_read_as_they_look(load, line, value):
@@ -127,7 +127,7 @@ def test_values_are_read_as_they_look(load, line, value):
         ("lr_scheduler_kwargs: {x: 1, x: 2}", "x is given twice"),
         ("lr_scheduler_kwargs: {1: 2}", "must be text"),
         ("lr_scheduler_kwargs: {x: '${HOME}'}", "is not filled in"),
-        ("deepspeed: 3", "is wanted"),
+        ("accelerator_config: 3", "is wanted"),
         ("run_name: ${HOME}/x", "is not filled in"),
         ("run_name: !!python/object:os.system x", "is not supported"),
         ("lora_rank: !!int x", "not a number that can be read"),
@@ -210,7 +210,7 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(problems, tmp_path):
         ("lr_scheduler_kwargs={a: 1}", "lr_scheduler_kwargs", {"a": 1}),
         ("lr_scheduler_kwargs.num_cycles=2", "lr_scheduler_kwargs", {"power": 1, "num_cycles": 2}),
         ("lr_scheduler_kwargs.power=2", "lr_scheduler_kwargs", {"power": 2}),
-        ("deepspeed.zero.stage=2", "deepspeed", {"zero": {"stage": 2}}),
+        ("accelerator_config.zero.stage=2", "accelerator_config", {"zero": {"stage": 2}}),
     ],
 )
 def test_overrides(load, override, key, value):
@@ -232,8 +232,14 @@ def test_a_later_override_wins(load):
         (["lora_target=[a"], "lora_target: its value is not valid YAML (command line)"),
         (["lora_target=[*a]"], "lora_target: its value is not valid YAML (command line)"),
         (["seed.x=1"], "seed: is not a mapping that seed.x could be set in (command line)"),
-        (["deepspeed=ds.json", "deepspeed.x=1"], "deepspeed: is not a mapping that deepspeed.x could be"),
-        (["deepspeed.x=1", "deepspeed.x.y=1"], "deepspeed: holds no mapping that deepspeed.x.y could be"),
+        (
+            ["accelerator_config=ds.json", "accelerator_config.x=1"],
+            "accelerator_config: is not a mapping that accelerator_config.x could be",
+        ),
+        (
+            ["accelerator_config.x=1", "accelerator_config.x.y=1"],
+            "accelerator_config: holds no mapping that accelerator_config.x.y could be",
+        ),
         (["lr_scheduler_kwargs.x=yes"], "lr_scheduler_kwargs: holds yes"),
     ],
 )
@@ -316,16 +322,21 @@ def test_json(load, problems):
         "dataset": ["a"],
         "output_dir": "o",
     }
-    more = values | {"learning_rate": 1e-6, "template": None, "run_name": "no", "deepspeed": {"a": [1]}}
+    more = values | {
+        "learning_rate": 1e-6,
+        "template": None,
+        "run_name": "no",
+        "accelerator_config": {"a": [1]},
+    }
     config = load(base=json.dumps(more), name="run.json").config
     assert (config.value("learning_rate"), config.value("run_name")) == (1e-6, "no")
-    assert config.training["deepspeed"] == {"a": [1]}
+    assert config.training["accelerator_config"] == {"a": [1]}
     text = json.dumps(values)[:-1]
     assert problems(base=text + ', "stage": "dpo"}', name="a.json") == ["stage: given more than once"]
     (problem,) = problems(base=text + ', "bf16": "yes", "seed": NaN}', name="a.json")[:1]
     assert problem.startswith("bf16: true or false is wanted")
-    (problem,) = problems(base=text + ', "deepspeed": {"a": 1, "a": 2}}', name="a.json")
-    assert problem == "deepspeed: a is given twice in its mapping"
+    (problem,) = problems(base=text + ', "accelerator_config": {"a": 1, "a": 2}}', name="a.json")
+    assert problem == "accelerator_config: a is given twice in its mapping"
 
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -347,8 +358,8 @@ def test_secrets_are_refused_and_never_shown(problems, key):
         ("", [f"--hub_token={SECRET}"]),
         ("", [f"hub_token={SECRET}"]),
         ("", [f"hub_tokn={SECRET}"]),
-        ("", [f"deepspeed.comet.api_key={SECRET}"]),
-        (f"deepspeed: {{comet: {{api_key: {SECRET}}}}}", []),
+        ("", [f"accelerator_config.comet.api_key={SECRET}"]),
+        (f"accelerator_config: {{comet: {{api_key: {SECRET}}}}}", []),
         (f"pref_beta: {SECRET}", []),
         (f"pref_loss: {SECRET}", []),
         (f"hub_token: [{SECRET}]", []),

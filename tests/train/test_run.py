@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
 from prefkit.objectives.pairwise import LOSSES
+from prefkit.runs.report import make_console
 from prefkit.train.run import train
 
 
 def run(config: Path, *overrides: str) -> str:
     """Train; returns what was printed."""
-    console = Console(file=io.StringIO(), width=200)
+    console = make_console(io.StringIO())
     train(load_config(config, overrides).config, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -209,7 +209,7 @@ def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path: Path, loss: st
     killed = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, timeout=200)
     assert killed.returncode == 9, killed.stderr
     printed = run(config)
-    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in printed.replace("\n", "")
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}" in printed
     assert same(tmp_path / "out", tmp_path / "whole")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()]

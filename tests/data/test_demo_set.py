@@ -1,0 +1,101 @@
+"""The demo preference set: many kinds of question, and held-out ones unlike any of them.
+
+A model trained on few sentence frames learns the frames. So no frame may take over the training
+set, and no held-out question may have the frame of a training question.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[2] / "data"
+SETS = ("dpo_en_demo", "dpo_en_demo_heldout")
+LARGEST_FRAME = 10
+
+FUNCTION_WORDS = """
+a an the this that these those there here
+i me my mine you your we us our he him his she her it its they them their
+who whom whose what which when where why how
+am is are was were be been being do does did have has had
+can could will would shall should may might must need
+and or but so if because than then as while once since
+of to in on at by for from with without about into over under after before between during
+up down out off through
+not no never yes any some all each every both much many more most
+really just only even still always too very
+please tell give explain say name
+i'm i'd i've what's there's who's can't don't
+"""
+
+
+def frame(question: str) -> tuple[str, str]:
+    """The opening three words, and the function words with every other run of words as `_`.
+
+    >>> frame("How do I boil fresh eggs for my cat?")
+    ('how do i', 'how do i _ for my _')
+    """
+    kept = FUNCTION_WORDS.split()
+    words = re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", question.lower().replace("’", "'"))
+    skeleton = " ".join(word if word in kept else "_" for word in words)
+    return " ".join(words[:3]), re.sub(r"_( _)+", "_", skeleton)
+
+
+def source(name: str) -> list[tuple[str, ...]]:
+    lines = (DATA / "source" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t")) for line in lines]
+
+
+def pairs(name: str) -> list[dict]:
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def questions(name: str) -> list[str]:
+    return [row[0] for row in source(name)]
+
+
+def test_the_sets_are_large_enough():
+    training, heldout = SETS
+    assert len(pairs(training)) >= 300
+    assert len(pairs(heldout)) >= 20
+
+
+def test_every_question_is_asked_once():
+    asked = [question.casefold() for name in SETS for question in questions(name)]
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("key", [0, 1], ids=["opening", "skeleton"])
+def test_no_frame_takes_over_the_training_set(key):
+    counts = Counter(frame(question)[key] for question in questions(SETS[0]))
+    assert [common for common in counts.most_common() if common[1] > LARGEST_FRAME] == []
+
+
+@pytest.mark.parametrize("key", [0, 1], ids=["opening", "skeleton"])
+def test_no_heldout_question_has_a_training_frame(key):
+    trained = {frame(question)[key] for question in questions(SETS[0])}
+    assert [question for question in questions(SETS[1]) if frame(question)[key] in trained] == []
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_chosen_is_one_short_sentence(name):
+    for _, answer in source(name):
+        assert answer.endswith("."), answer
+        assert not re.search(r"[.!?:\n]\s", answer), answer
+        assert 8 <= len(answer.split()) <= 25, answer
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rejected_is_a_longer_other_answer(name):
+    for pair in pairs(name):
+        chosen, rejected = pair["chosen"]["value"], pair["rejected"]["value"]
+        assert rejected != chosen
+        assert len(rejected.split()) >= 25, rejected
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_pairs_are_those_of_the_source(name):
+    made = [(pair["conversations"][0]["value"], pair["chosen"]["value"]) for pair in pairs(name)]
+    assert made == source(name)

@@ -1,0 +1,118 @@
+"""Every block of the specification, verbatim in this folder, runs, or is refused with the reason.
+
+Model, output and number of steps are overridden, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from prefkit.config import ConfigError, load_config
+from prefkit.data.template import TemplateError
+from prefkit.runs.report import make_console
+from prefkit.train.run import train
+
+SPEC = Path(__file__).parent
+ROOT = SPEC.parent.parent
+# Start of the sha256 of each block: none may be missing or changed.
+BLOCKS = {
+    "dpo_alpaca.json": "9e24c434d31b41d4",
+    "dpo_sharegpt.json": "581f229b454378d0",
+    "dpo.yaml": "e2ff692a048b20af",
+    "orpo.yaml": "b92d7e2224f0fbc1",
+    "simpo.yaml": "d4e49ee504e08b50",
+    "kto_data.json": "28b637360c1267a5",
+    "kto.yaml": "6123f2859a24d6da",
+    "reward.yaml": "1939cb8b1a44eb04",
+    "ppo_data.json": "51e9c7cef7b32fe7",
+    "ppo.yaml": "3fca847a6eed813f",
+    "multimodal.yaml": "224ab2283110fdc7",
+    "deepspeed.yaml": "686bd9f282de1da6",
+}
+RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml")
+REFUSED = {
+    "kto.yaml": "stage: .*kto",
+    "reward.yaml": "stage: .*rm",
+    "ppo.yaml": "stage: .*ppo",
+    "deepspeed.yaml": "deepspeed: not in this version",
+}
+OTHER = {"dpo_alpaca.json", "dpo_sharegpt.json", "kto_data.json", "ppo_data.json", "multimodal.yaml"}
+
+
+def test_every_block_is_here_word_for_word() -> None:
+    found = {
+        name: hashlib.sha256((SPEC / name).read_bytes()).hexdigest()[:16]
+        for name in (path.name for path in SPEC.iterdir() if path.suffix in (".yaml", ".json"))
+    }
+    assert found == BLOCKS
+    assert {*RUN, *REFUSED, *OTHER} == BLOCKS.keys()
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a user stands: `dataset_dir` is `data` unless the YAML says otherwise."""
+    monkeypatch.chdir(ROOT)
+
+
+def write(name: str, folder: Path) -> Path:
+    """A block as a file; one that says "rest same as DPO config" is completed so."""
+    text = (SPEC / name).read_text()
+    if "rest same as DPO config" in text:
+        keys = {line.partition(":")[0] for line in text.splitlines()}
+        rest = (SPEC / "dpo.yaml").read_text().splitlines(keepends=True)
+        text = "".join(line for line in rest if line.partition(":")[0] not in keys) + text
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def run(config: Path, model: Path, *overrides: str) -> tuple[Path, str]:
+    output = config.parent / "out"
+    given = [f"model_name_or_path={model}", f"output_dir={output}", "max_steps=2", *overrides]
+    console = make_console(io.StringIO())
+    train(load_config(config, given).config, console)
+    return output, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_training_blocks_run(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    output, printed = run(write(name, tmp_path), tiny_model)
+    assert (output / "adapter_model.safetensors").is_file()
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
+    record = json.loads((output / "prefkit.json").read_text())
+    assert record["template"] == "qwen3_nothink"
+    assert record["loss"] == ("sigmoid" if name == "dpo.yaml" else name.removesuffix(".yaml"))
+    assert "340 pairs to train on" in printed
+
+
+@pytest.mark.parametrize("name", ["dpo_alpaca.json", "dpo_sharegpt.json"])
+def test_inline_samples_load_and_train(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """Registered with `file_name`, `ranking` and `formatting` alone."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / name).write_text((SPEC / name).read_text())
+    entry = {"file_name": name, "ranking": True, "formatting": "sharegpt" if "share" in name else "alpaca"}
+    (data / "dataset_info.json").write_text(json.dumps({"dpo_en_demo": entry}))
+    _, printed = run(write("dpo.yaml", tmp_path), tiny_model, f"dataset_dir={data}")
+    assert "1 pairs to train on" in printed
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_blocks_of_later_stages_are_refused_by_name(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match=REFUSED[name]):
+        run(write(name, tmp_path), tiny_model)
+
+
+def test_the_multimodal_block_is_refused_by_its_template(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(TemplateError, match="qwen3_vl_nothink"):
+        run(write("multimodal.yaml", tmp_path), tiny_model)
+
+
+def test_the_deepspeed_block_runs_without_its_engine(tmp_path: Path, tiny_model: Path) -> None:
+    output, _ = run(write("deepspeed.yaml", tmp_path), tiny_model, "deepspeed=null")
+    assert (output / "adapter_model.safetensors").is_file()
