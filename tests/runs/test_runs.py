@@ -1,0 +1,73 @@
+"""What a run writes of itself: record, curves, samples, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from prefkit.config import load_config
+from prefkit.config.errors import UserError
+from prefkit.data.sources import Ledger
+from prefkit.runs.plots import plot_curves
+from prefkit.runs.record import changed_keys, read_record, write_record
+from prefkit.runs.report import make_console, print_ledger
+from prefkit.runs.samples import Sample, print_samples, write_samples
+
+
+def test_record_and_config_come_back(write_config, tmp_path: Path) -> None:
+    config = load_config(write_config(run_name="5e-6", warmup_ratio=0.1), []).config
+    write_record(tmp_path, config, {"finished": False})
+    record = read_record(tmp_path)
+    assert record is not None and record["finished"] is False
+    assert record["versions"].keys() >= {"prefkit", "torch", "transformers", "peft"}
+    assert load_config(tmp_path / "config.yaml", []).config == config
+    assert changed_keys(tmp_path, config) == []
+
+
+def test_changed_keys_name_old_and_new(write_config, tmp_path: Path) -> None:
+    write_record(tmp_path, load_config(write_config(), []).config, {})
+    changed = load_config(write_config(), ["pref_beta=0.5", "seed=42", "overwrite_output_dir=true"]).config
+    assert changed_keys(tmp_path, changed) == ["pref_beta: 0.1 -> 0.5"]
+
+
+def test_no_record_and_a_damaged_one(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    (tmp_path / "prefkit.json").write_text("{")
+    with pytest.raises(UserError, match=r"prefkit.json is damaged"):
+        read_record(tmp_path)
+
+
+def test_curves_need_two_points(tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.5} for step in (1, 2, 3)]
+    log.append({"step": 3, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7})
+    assert {file.name for file in plot_curves(log, tmp_path)} == {
+        "training_loss.png",
+        "training_rewards_accuracies.png",
+    }
+    assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_curves(log[:1], tmp_path) == []
+
+
+def test_samples(tmp_path: Path) -> None:
+    sample = Sample("f:1", "Why [not]?", "long\n\nanswer", "")
+    write_samples([sample], tmp_path)
+    text = (tmp_path / "samples.md").read_text()
+    assert "## Why [not]?" in text and "> long\n>\n> answer" in text and "> (nothing)" in text
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["before"] == "long\n\nanswer"
+    console = make_console(io.StringIO())
+    print_samples(console, [sample])
+    assert "Why [not]?" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_ledger_table_adds_up() -> None:
+    ledger = Ledger("d", "d.json", "0" * 64, num_rows=10, not_sampled=3, truncated=2, used=5)
+    ledger.rejected["empty response"] += 2
+    console = make_console(io.StringIO())
+    print_ledger(console, [ledger], 4, 1)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "d: 2 rejected: empty response." in printed
+    assert "4 pairs to train on, 1 held out." in printed
+    assert ledger.num_rows == ledger.not_sampled + ledger.rejected.total() + ledger.used

@@ -1,0 +1,105 @@
+"""A stage against the formulas, on log-probs given by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefkit.config import MethodConfig
+from prefkit.objectives.logps import ResponseLogps, sum_by_response
+from prefkit.train import stages
+from prefkit.train.stages import DpoStage
+
+# Two pairs: response tokens 0-1 | 2 | 3 | 4-6, pairs (0, 1) and (2, 3).
+OWNER = torch.tensor([0, 0, 1, 2, 3, 3, 3])
+POLICY = torch.tensor([-1.0, -2.0, -5.0, -1.0, -1.0, -2.0, -3.0])
+REFERENCE = torch.tensor([-2.0, -2.0, -4.0, -2.0, -1.0, -1.0, -2.0])
+BATCH: dict[str, Any] = {"pairs": torch.tensor([[0, 1], [2, 3]]), "rows": ("f:1", "f:2")}
+
+
+class GivenReference:
+    is_initial_policy = False
+
+    def describe(self) -> str:
+        return "given by hand"
+
+    def logps(self, model: Any, batch: Any) -> ResponseLogps:
+        return sum_by_response(REFERENCE, OWNER, 4)
+
+
+def compute(monkeypatch: pytest.MonkeyPatch, **method: Any) -> tuple[DpoStage, Any]:
+    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    config = MethodConfig(stage="dpo", **method)
+    stage = DpoStage(config, GivenReference(), torch.float32)
+    return stage, stage.compute(torch.nn.Module(), BATCH)
+
+
+def logsigmoid(x: float) -> float:
+    return torch.nn.functional.logsigmoid(torch.tensor(x)).item()
+
+
+def test_sigmoid(monkeypatch) -> None:
+    # log-ratios: 1, -1 | 1, -2; margins 2 and 3
+    _, output = compute(monkeypatch, pref_beta=0.5)
+    assert output.losses.tolist() == pytest.approx([-logsigmoid(1.0), -logsigmoid(1.5)])
+    assert output.metrics["rewards/chosen"].tolist() == pytest.approx([0.5, 0.5])
+    assert output.metrics["rewards/margins"].tolist() == pytest.approx([1.0, 1.5])
+    assert output.metrics["logps/rejected"].tolist() == [-5.0, -6.0]
+
+
+@pytest.mark.parametrize(("both", "margins"), [(True, [2.0, 2.0]), (False, [3.0, 0.5])])
+def test_ld_alpha_on_one_side_or_both(monkeypatch, both: bool, margins: list[float]) -> None:
+    """alpha 0.5 on the second token of response 0 and the last two of response 3.
+
+    Policy: -2, -5 | -1, -3.5. Reference weighed: -3, -4 | -2, -2.5; as it is: -4, -4 | -2, -4.
+    """
+    _, output = compute(monkeypatch, pref_beta=1.0, ld_alpha=0.5, ld_alpha_reference=both)
+    assert output.metrics["rewards/margins"].tolist() == pytest.approx(margins)
+    assert output.metrics["logps/chosen"].tolist() == [-3.0, -1.0]  # as they are
+
+
+def test_pref_ftx_adds_the_mean_likelihood_of_chosen(monkeypatch) -> None:
+    plain = compute(monkeypatch)[1].losses
+    added = compute(monkeypatch, pref_ftx=2.0)[1].losses
+    assert (added - plain).tolist() == pytest.approx([2 * 1.5, 2 * 1.0])
+
+
+def test_bco_mean_moves_after_the_step_and_comes_back_from_a_checkpoint(monkeypatch) -> None:
+    stage, output = compute(monkeypatch, pref_beta=0.5, pref_bco_weight=1.0)
+    sigmoid, bco = -logsigmoid(1.0), -logsigmoid(0.5) - logsigmoid(0.5)
+    assert output.losses[0].item() == pytest.approx((sigmoid + bco) / 2)
+    assert stage.reward_mean.mean == 0
+    stage.end_step()
+    # rewards 0.5, 0.5, -0.5, -1.0
+    assert stage.reward_mean.mean == pytest.approx(-0.125)
+    other = DpoStage(MethodConfig(stage="dpo"), None, torch.float32)
+    other.load_state(stage.state())
+    assert other.reward_mean == stage.reward_mean
+
+
+def test_kto_pair_uses_the_kl_of_all_ranks(monkeypatch) -> None:
+    """Chosen log-ratios 1, 1, rejected -1, -2: KL of the two sides 1 and 0."""
+    _, output = compute(monkeypatch, pref_loss="kto_pair", pref_beta=1.0)
+
+    def s(x: float) -> float:
+        return 1 / (1 + torch.tensor(-x).exp().item())
+
+    expected = [((1 - s(1 - 0)) + (1 - s(1 - r))) / 2 for r in (-1, -2)]
+    assert output.losses.tolist() == pytest.approx(expected)
+
+
+def test_a_reference_free_loss_reads_none(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    stage = DpoStage(MethodConfig(stage="dpo", pref_loss="orpo"), None, torch.float32)
+    metrics = stage.compute(torch.nn.Module(), BATCH).metrics
+    assert metrics.keys() >= {"sft_loss", "odds_ratio_loss"}
+
+
+def test_identity_is_checked_once_and_named(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    stage = DpoStage(MethodConfig(stage="dpo"), GivenReference(), torch.float32)
+    stage.expects_identity = True
+    with pytest.raises(stages.IdentityError, match=r"f:1, f:2.*given by hand"):
+        stage.compute(torch.nn.Module(), BATCH)
