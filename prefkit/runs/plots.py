@@ -12,36 +12,47 @@ CURVES = {
     "training_rewards_accuracies.png": ("rewards/accuracies", "reward accuracy"),
     "training_rewards_margins.png": ("rewards/margins", "reward margin"),
 }
+OVERVIEW = ("training_curves.png", ("loss", "rewards/accuracies", "rewards/margins"))
 
 
 def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw each of `CURVES` that the log has at least two points of; a held-out curve joins its own.
+    """Draw each of `CURVES` that the log has at least two points of, and `OVERVIEW`, three beside another.
 
-    The log is that of `trainer_state.json`. Returns the files written.
+    The log is that of `trainer_state.json`; a held-out curve joins its own. Returns the files written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
+    titles = dict(CURVES.values())
+    files = {name: (key,) for name, (key, _) in CURVES.items()} | dict([OVERVIEW])
+    drawable = {
+        name: keys
+        for name, keys in files.items()
+        if all(len(_points(log_history, key)[0]) >= 2 for key in keys)
+    }
+    for name, keys in drawable.items():
+        _draw(log_history, {key: titles[key] for key in keys}, folder / name)
+    return [folder / name for name in drawable]
+
+
+def _draw(log_history: Sequence[dict[str, Any]], titles: dict[str, str], file: Path) -> None:
+    """One panel for each key."""
     from matplotlib import pyplot
 
-    written = []
-    for name, (key, title) in CURVES.items():
+    size = (7, 4) if len(titles) == 1 else (4 * len(titles), 3.2)
+    figure, panels = pyplot.subplots(1, len(titles), figsize=size, layout="constrained", squeeze=False)
+    for axes, (key, title) in zip(panels[0], titles.items(), strict=True):
         steps, values = _points(log_history, key)
-        if len(steps) < 2:
-            continue
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         axes.plot(steps, values, color="#9bb8d3", linewidth=1, label="each log line")
         axes.plot(steps, smooth(values), color="#1f5a93", linewidth=2, label="smoothed")
         held_out = _points(log_history, f"eval_{key}")
         if held_out[0]:
             axes.plot(*held_out, "o-", color="#c8553d", linewidth=1.5, label="held out")
-        axes.set(xlabel="step", ylabel=title, title=title.capitalize())
+        axes.set(xlabel="step", title=title.capitalize())
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        figure.savefig(folder / name, dpi=120)
-        pyplot.close(figure)
-        written.append(folder / name)
-    return written
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

@@ -249,6 +249,7 @@ class Run:
 
 FILES = {
     "adapter_model.safetensors": "the adapter; peft.PeftModel.from_pretrained reads this folder",
+    "training_curves.png": "loss, reward accuracy and margin at a glance",
     "training_loss.png": "loss curve",
     "training_rewards_accuracies.png": "reward accuracy curve",
     "training_rewards_margins.png": "reward margin curve",

@@ -41,11 +41,16 @@ def test_no_record_and_a_damaged_one(tmp_path: Path) -> None:
 
 
 def test_curves_need_two_points(tmp_path: Path) -> None:
-    log = [{"step": step, "loss": 1 / step, "rewards/accuracies": 0.5} for step in (1, 2, 3)]
+    log = [
+        {"step": step, "loss": 1 / step, "rewards/accuracies": 0.5, "rewards/margins": step}
+        for step in (1, 2, 3)
+    ]
     log.append({"step": 3, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7})
     assert {file.name for file in plot_curves(log, tmp_path)} == {
         "training_loss.png",
         "training_rewards_accuracies.png",
+        "training_rewards_margins.png",
+        "training_curves.png",
     }
     assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     assert plot_curves(log[:1], tmp_path) == []

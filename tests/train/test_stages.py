@@ -103,3 +103,20 @@ def test_identity_is_checked_once_and_named(monkeypatch) -> None:
     stage.expects_identity = True
     with pytest.raises(stages.IdentityError, match=r"f:1, f:2.*given by hand"):
         stage.compute(torch.nn.Module(), BATCH)
+
+
+def test_a_loss_that_does_not_start_at_its_own_value_is_found(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(REFERENCE, OWNER, 4))
+    stage = DpoStage(MethodConfig(stage="dpo", pref_loss="hinge"), GivenReference(), torch.float32)
+    stage.expects_identity = True
+    assert stage.compute(torch.nn.Module(), BATCH).losses.tolist() == [1.0, 1.0]
+    stage.expects_identity = True
+    monkeypatch.setattr(stage, "_weigh", lambda r, pairs, alpha: r if r is reference else double(r))
+    reference = stage.reference.logps(None, None)  # type: ignore[union-attr]
+    monkeypatch.setattr(stage.reference, "logps", lambda model, batch: reference)
+    with pytest.raises(stages.IdentityError, match=r"loss must be 1\.0000.*but it is"):
+        stage.compute(torch.nn.Module(), BATCH)
+
+
+def double(responses: ResponseLogps) -> ResponseLogps:
+    return sum_by_response(2 * responses.token_logps, OWNER, 4)
