@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,24 @@ _FIXED: dict[str, Any] = {
 }
 
 
+# Trackers that `report_to` may name, and what to install for each.
+_TRACKERS = {
+    "wandb": "prefkit[wandb]",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
+
+
 def make_training_arguments(config: RunConfig) -> TrainingArguments:
     """The Trainer's arguments, with defaults for the machine: CPU when there is no accelerator, activation
     checkpointing on an accelerator only.
 
-    Raises `UserError` when transformers refuses the combination.
+    Raises `UserError` when a tracker is not installed or transformers refuses the combination.
     """
     from transformers import TrainingArguments
+
+    _check_trackers(config.training.get("report_to"))
 
     given = dict(config.training)
     has_accelerator = torch.accelerator.is_available() and not given.get("use_cpu")
@@ -58,3 +70,9 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
             "or set CUDA_VISIBLE_DEVICES to one of them."
         )
     return args
+
+
+def _check_trackers(report_to: str | list[str] | None) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in _TRACKERS and importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to: {name} is not installed: pip install '{_TRACKERS[name]}'")
