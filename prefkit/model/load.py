@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelError(UserError):
@@ -40,6 +44,8 @@ def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
 
     dtype = DTYPES.get(config.dtype, "auto")
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True)
+    if config.trust_remote_code and type(model).__module__.startswith("transformers_modules"):
+        logger.warning("trust_remote_code: the model runs code of its own, %s", type(model).__module__)
     turn_off_dropout(model)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda examples: pack(examples, layout).to_dict(),
+            data_collator=partial(_collate, layout=layout),
             train_dataset=list(train_examples) or None,
             eval_dataset=list(eval_examples) or None,
             processing_class=tokenizer,
@@ -154,6 +155,11 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
                 "updated. A smaller learning_rate, or bf16 for fp16, may help; the last checkpoint is whole."
             )
         return norm
+
+
+def _collate(examples: Sequence[TokenizedExample], layout: Layout) -> dict[str, Any]:
+    """A packed batch in the form that data loader and Trainer take."""
+    return pack(examples, layout).to_dict()
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
