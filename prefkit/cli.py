@@ -24,7 +24,7 @@ app = typer.Typer(
 _ELSEWHERE = {
     "api": "This version does not serve models; `vllm serve BASE --enable-lora` serves the adapter it saves.",
     "chat": "This version has no chat; set sample_prompts in the YAML to see answers before and after.",
-    "eval": "Write `prefkit train config.yaml do_train=false do_eval=true`.",
+    "eval": "Set do_eval: true and eval_dataset or val_size in the YAML that trains.",
     "export": "This version has no export; `peft.PeftModel.merge_and_unload` merges the adapter it saves.",
     "webchat": "There is no web page; set sample_prompts in the YAML to see answers before and after.",
     "webui": "There is no web page; `prefkit train config.yaml` runs from one YAML file, see docs/keys.md.",

@@ -44,7 +44,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
     ("refuse", _SECRET + "SWANLAB_API_KEY", {"swanlab_api_key": None}),
     ("refuse", _SECRET + "a variable of your own", {"swanlab_lark_secret": None}),
     ("refuse", "has a new name: write eval_strategy", {"evaluation_strategy": "no"}),
-    ("refuse", "has a new name: write train_sampling_strategy: group_by_length", {"group_by_length": False}),
+    ("refuse", "shared batches have no padding to save: remove it", {"group_by_length": False}),
     ("refuse", "has a new name: write use_cpu: true", {"no_cuda": False}),
     ("refuse", "not in this version: write load_best_model_at_end: true, which keeps the best checkpoint",
      {"early_stopping_steps": None}),

@@ -2,7 +2,8 @@
 
 A token sees its own prompt and its own response, causally. Three ways compute the same: a loop over
 segments with scaled-dot-product attention (CPU), flash attention over ragged sequences, and
-FlexAttention (CUDA, with and without the flash-attn package). None holds a mask of the whole row.
+FlexAttention (CUDA, with and without the flash-attn package). The first two hold no mask of the whole row;
+FlexAttention keeps one of blocks.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class OutputFolder:
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
     """Make or check `output_dir`; `say` tells the user what was found.
 
-    `resume_from_checkpoint` may name the checkpoint; otherwise the newest whole one is taken.
+    `resume_from_checkpoint` may name the checkpoint, or with false start over; otherwise the newest whole
+    one is taken.
 
     Raises `UserError` for a folder with files of another origin, for a finished run of another config,
     for a folder that cannot be written, and for a named checkpoint that is not whole.
@@ -40,15 +41,20 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {path}: {error.strerror}") from error
     record = read_record(path)
-    if config.output.overwrite_output_dir:
+    asked = config.training.get("resume_from_checkpoint")
+    if config.output.overwrite_output_dir or asked is False:
         _clear(path, ours=record is not None)
         return OutputFolder(path)
+    if record is None and any(path.iterdir()):
+        raise UserError(
+            f"output_dir: {path} has files in it that are not from a prefkit run. "
+            "Set another output_dir, or overwrite_output_dir: true to write among them."
+        )
+    if isinstance(asked, str):
+        verify_checkpoint(asked)
+        say(f"Resuming from {asked}.")
+        return OutputFolder(path, Path(asked))
     if record is None:
-        if any(path.iterdir()):
-            raise UserError(
-                f"output_dir: {path} has files in it that are not from a prefkit run. "
-                "Set another output_dir, or overwrite_output_dir: true to write among them."
-            )
         return OutputFolder(path)
     changed = changed_keys(path, config)
     if record.get("finished"):
@@ -59,11 +65,6 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
             )
         return OutputFolder(path, finished=True)
     remove_leftovers(path)
-    asked = config.training.get("resume_from_checkpoint")
-    if isinstance(asked, str):
-        verify_checkpoint(asked)
-        say(f"Resuming from {asked}.")
-        return OutputFolder(path, Path(asked))
     checkpoint = find_newest_checkpoint(path, lambda name, why: say(f"Passing over {name}: {why}."))
     if checkpoint is None:
         say(f"An earlier run in {path} left no checkpoint; starting from the beginning.")

@@ -71,8 +71,7 @@ def train(config: RunConfig, console: Console) -> None:
     trainer = _build_trainer(config, args, model, layout, pairs, template, folder, console)
     run = Run(config, folder, trainer, model, template, pairs, console)
     run.record(layout, finished=False)
-    if args.do_train:
-        run.train()
+    run.train()
     run.evaluate()
     run.sample()
     run.record(layout, finished=True)
@@ -137,7 +136,8 @@ def _build_trainer(
     told = reference.describe() if reference else f"none: {config.method.pref_loss} does not use one"
     console.print(f"Reference: {told}.")
     stage = DpoStage(config.method, reference, _compute_dtype(model, args))
-    stage.expects_identity = reference is not None and folder.checkpoint is None
+    starts_here = folder.checkpoint is None
+    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
     bar = ProgressBar(console)
     trainer = PrefTrainer(model, args, stage, layout, pairs.train, pairs.held_out, template.tokenizer)
     bar.trainer = trainer
@@ -251,6 +251,7 @@ FILES = {
     "adapter_model.safetensors": "the adapter; peft.PeftModel.from_pretrained reads this folder",
     "training_curves.png": "loss, reward accuracy and margin at a glance",
     "training_loss.png": "loss curve",
+    "training_eval_loss.png": "held-out loss curve",
     "training_rewards_accuracies.png": "reward accuracy curve",
     "training_rewards_margins.png": "reward margin curve",
     "eval_results.json": "held-out metrics",

@@ -18,9 +18,10 @@ BASE = {
 }
 
 BROKEN = {
-    "nothing_to_do": "do_train: false",
+    "no_training": "do_train: false\ndo_eval: true\nval_size: 0.1",
     "dataset_missing": "dataset: null",
-    "val_size_without_dataset": "do_train: false\ndo_eval: true\ndataset: null\nval_size: 0.1",
+    "length_grouping": "train_sampling_strategy: group_by_length",
+    "neftune": "neftune_noise_alpha: 5",
     "dataset_dir_remote": "dataset_dir: REMOTE:user/data",
     "val_size_one": "val_size: 1",
     "val_size_count": "val_size: 1.5",
@@ -62,7 +63,6 @@ ALLOWED = [
     "pref_loss: sigmoid\ndpo_label_smoothing: 0.49",
     "pref_loss: simpo\npref_beta: 2.0\nsimpo_gamma: 0.5",
     "val_size: 100\nsample_prompts: 4",
-    "do_train: false\ndataset: null\ndo_eval: true\neval_dataset: more",
     "max_steps: 5",
     "num_train_epochs: 0\nmax_steps: 5\nlogging_steps: 1",
     "load_best_model_at_end: true\nval_size: 0.1\neval_strategy: steps\neval_steps: 0.1\nsave_steps: 0.3",

@@ -236,6 +236,30 @@ def test_overwrite_starts_afresh(write_config, tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_named_checkpoint_is_resumed_also_in_another_folder(write_config, tmp_path: Path) -> None:
+    run(write_config(max_steps=4, save_steps=2))
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    config = write_config(max_steps=4, output_dir=str(tmp_path / "b"), resume_from_checkpoint=str(checkpoint))
+    assert f"Resuming from {checkpoint}." in run(config)
+    assert same(tmp_path / "b", tmp_path / "out")
+    (checkpoint / "optimizer.safetensors").write_bytes(b"short")
+    again = ["overwrite_output_dir=false", f"output_dir={tmp_path / 'c'}"]
+    with pytest.raises(UserError, match=r"checkpoint-2.*optimizer\.safetensors"):
+        run(config, *again)
+    assert "Resuming" not in run(config, "resume_from_checkpoint=false", f"output_dir={tmp_path / 'd'}")
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(write_config, tmp_path: Path) -> None:
+    config = write_config(max_steps=6, save_steps=2)
+    run(config)
+    record = tmp_path / "out" / "prefkit.json"
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    (tmp_path / "out" / "checkpoint-6" / "scheduler.json").write_text("{}")
+    printed = run(config)
+    assert "Passing over checkpoint-6" in printed and "scheduler.json" in printed
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-4'}." in printed
+
+
 def test_a_foreign_folder_is_refused(write_config, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
