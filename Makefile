@@ -9,8 +9,8 @@ setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]' -c constraints.txt
+	$(BIN)/pip install -qq --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[demo,dev]' -c constraints.txt
 	touch $@
 
 $(MODEL): | .venv/ready
