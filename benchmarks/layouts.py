@@ -21,8 +21,10 @@ RUN = """
 import resource, sys
 from prefkit.cli import main
 sys.argv = ["prefkit", "train", *sys.argv[1:]]
-main()
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+try:
+    main()
+finally:
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 

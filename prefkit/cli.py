@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,7 +39,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys to set besides.")
     ] = None,
 ) -> None:
-    """Train as a YAML file says: prefkit train dpo.yaml learning_rate=1e-5."""
+    """Train as a YAML file says; docs/keys.md lists its keys."""
     from prefkit.config.load import load_config
 
     loaded = load_config(config, overrides or [])
@@ -49,7 +50,13 @@ def train(
     from prefkit.runs.report import make_console
     from prefkit.train.run import train as run
 
-    run(loaded.config, make_console())
+    console = make_console()
+    try:
+        run(loaded.config, console)
+    except KeyboardInterrupt:
+        console.show_cursor()
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
 
 
 @app.command()
@@ -103,5 +110,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -6,7 +6,9 @@ python tools/ask.py saves/demo_dpo "Why is the sky blue?"
 from __future__ import annotations
 
 import sys
+import warnings
 
+import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -15,6 +17,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     folder, question = sys.argv[1:]
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]

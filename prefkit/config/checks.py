@@ -28,6 +28,24 @@ class Needs(NamedTuple):
     condition: str
 
 
+# Names that transformers' report_to knows; a test compares them.
+_TRACKERS = {
+    *(
+        "all",
+        "none",
+        "azure_ml",
+        "clearml",
+        "codecarbon",
+        "comet_ml",
+        "dagshub",
+        "dvclive",
+        "flyte",
+        "mlflow",
+    ),
+    *("kubeflow", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+}
+
+
 def _is_reference_free(v: SimpleNamespace) -> bool:
     return v.pref_loss in ("orpo", "simpo")
 
@@ -52,6 +70,10 @@ def _is_uneven(v: SimpleNamespace) -> bool:
 
 
 ERRORS = (
+    Check("report_to", ("report_to",),
+          lambda v: not _TRACKERS.issuperset(
+              [v.report_to] if isinstance(v.report_to, str) else v.report_to or ()),
+          f"one or more of {', '.join(sorted(_TRACKERS))} is wanted"),
     Check("no_training", ("do_train",),
           lambda v: not v.do_train,
           "write do_train: true: this version evaluates only what it has just trained"),

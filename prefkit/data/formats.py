@@ -111,7 +111,9 @@ def _alpaca_prompt(row: Row, layout: RowFormat) -> tuple[Message, ...]:
 def _sharegpt_prompt(row: Row, layout: RowFormat) -> tuple[Message, ...]:
     column = layout.required("messages")
     turns = row.get(column)
-    if not isinstance(turns, list) or not turns:
+    if turns == []:
+        raise RowError(f"column {column!r} is empty")
+    if not isinstance(turns, list):
         raise RowError(f"column {column!r} is a list of messages, not {_kind(turns)}")
     parsed = [_message(turn, layout, f"column {column!r}, message {i}") for i, turn in enumerate(turns, 1)]
     messages = _system(row, layout)
@@ -190,7 +192,10 @@ def _optional(row: Row, column: str | None, kind: type, default: Any) -> Any:
 
 
 def _missing(row: Row, column: str) -> str:
-    return f"column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}"
+    hint = ""
+    if column == "instruction" and ("conversations" in row or "messages" in row):
+        hint = "; for conversations dataset_info.json says `formatting: sharegpt`"
+    return f"column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}{hint}"
 
 
 def _kind(value: object) -> str:

@@ -43,9 +43,11 @@ def _draw(log_history: Sequence[dict[str, Any]], titles: dict[str, str], file: P
     figure, panels = pyplot.subplots(1, len(titles), figsize=size, layout="constrained", squeeze=False)
     for axes, (key, title) in zip(panels[0], titles.items(), strict=True):
         steps, values = _points(log_history, key)
-        axes.plot(steps, values, color="#9bb8d3", linewidth=1, label="each log line")
-        axes.plot(steps, smooth(values), color="#1f5a93", linewidth=2, label="smoothed")
-        held_out = _points(log_history, f"eval_{key}")
+        held_out = (steps, values)
+        if not key.startswith("eval_"):
+            axes.plot(steps, values, color="#9bb8d3", linewidth=1, label="each log line")
+            axes.plot(steps, smooth(values), color="#1f5a93", linewidth=2, label="smoothed")
+            held_out = _points(log_history, f"eval_{key}")
         if held_out[0]:
             axes.plot(*held_out, "o-", color="#c8553d", linewidth=1.5, label="held out")
         axes.set(xlabel="step", title=title.capitalize())

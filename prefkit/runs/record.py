@@ -13,7 +13,26 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import KEYS
 
 RECORD_FILE, CONFIG_FILE = "prefkit.json", "config.yaml"
-_ALIASES = ("warmup_ratio",)  # resolved into warmup_steps
+# Keys that may differ between a run and its resumption: they change neither weights nor metrics.
+_HARMLESS = {
+    *(
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "output_dir",
+        "warmup_ratio",
+    ),  # it is in warmup_steps
+    *(
+        "plot_loss",
+        "sample_prompts",
+        "sample_max_new_tokens",
+        "do_eval",
+        "do_predict",
+        "run_name",
+        "report_to",
+    ),
+    *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy", "log_level"),
+    *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "cache_dir"),
+}
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -27,6 +46,24 @@ def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None
     _replace(folder / CONFIG_FILE, dump_yaml(config.to_yaml_dict()))
     record = {**facts, "versions": library_versions()}
     _replace(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_model_card(folder: Path, base_model: str, facts: str) -> None:
+    """Write `README.md`: what the adapter is, and how to load it."""
+    _replace(
+        folder / "README.md",
+        f"""---
+base_model: {json.dumps(base_model)}
+library_name: peft
+---
+
+A LoRA adapter of {base_model}, trained by prefkit {__version__}: {facts}. The config is in
+`{CONFIG_FILE}`, the data and versions in `{RECORD_FILE}`.
+
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+""",
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -45,12 +82,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def changed_keys(folder: Path, config: RunConfig) -> list[str]:
-    """Keys whose value differs from that of the run in the folder, as `key: old -> new`."""
+    """Keys that matter and differ from those of the run in the folder, as `key: old -> new`."""
     before = load_config(folder / CONFIG_FILE).config
     return [
         f"{key}: {before.value(key)} -> {config.value(key)}"
         for key in KEYS
-        if before.value(key) != config.value(key) and key not in ("overwrite_output_dir", *_ALIASES)
+        if before.value(key) != config.value(key) and key not in _HARMLESS
     ]
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
@@ -35,13 +36,19 @@ def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
     return [markdown, lines]
 
 
-def print_samples(console: Console, samples: Sequence[Sample]) -> None:
-    """Prompts with both answers side by side."""
-    table = Table(title="Held-out prompts", title_justify="left", title_style="bold", show_lines=True)
+def print_samples(console: Console, samples: Sequence[Sample], total: int) -> None:
+    """Prompts with both answers side by side, long ones cut; `total` is how many there are in all."""
+    title = f"Held-out prompts, {len(samples)} of {total} (all in samples.md)"
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
     for name, ratio in (("prompt", 2), ("before", 5), ("after", 3)):
         table.add_column(name, ratio=ratio, overflow="fold")
     for sample in samples:
-        table.add_row(*map(Text, (sample.prompt, sample.before, sample.after)))
+        table.add_row(
+            *(
+                Text(shorten(text, 240, placeholder=" ..."))
+                for text in (sample.prompt, sample.before, sample.after)
+            )
+        )
     console.print(table, soft_wrap=False)
 
 

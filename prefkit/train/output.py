@@ -9,18 +9,42 @@ from pathlib import Path
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
-from prefkit.runs.record import RECORD_FILE, changed_keys, read_record
-from prefkit.train.callbacks import LOG_FILE
+from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, changed_keys, read_record
 from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
+
+# What a run writes into its folder.
+_WRITTEN = (
+    *("checkpoint-*", ".saving-*", ".old-*", "adapter_*", "training_*", "trainer_*", "*_results.json"),
+    *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE),
+)
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """`checkpoint` is where training goes on from, if anywhere; `finished`: there is nothing to do."""
+    """`checkpoint` is where training goes on from, if anywhere; `finished`: there is nothing to do.
+
+    `holds_old_run` says that the files of an earlier run are to go before this one begins.
+    """
 
     path: Path
     checkpoint: Path | None = None
     finished: bool = False
+    holds_old_run: bool = False
+
+    def clear(self) -> None:
+        """Remove what an earlier run of ours left, and nothing else.
+
+        Call it when model and data of the new run have been read: until then it may fail, and the old
+        run is worth more than a message.
+        """
+        if not self.holds_old_run:
+            return
+        for pattern in _WRITTEN:
+            for path in self.path.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
@@ -43,8 +67,7 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     record = read_record(path)
     asked = config.training.get("resume_from_checkpoint")
     if config.output.overwrite_output_dir or asked is False:
-        _clear(path, ours=record is not None)
-        return OutputFolder(path)
+        return OutputFolder(path, holds_old_run=record is not None)
     if record is None and any(path.iterdir()):
         raise UserError(
             f"output_dir: {path} has files in it that are not from a prefkit run. "
@@ -57,12 +80,12 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     if record is None:
         return OutputFolder(path)
     changed = changed_keys(path, config)
+    if changed:
+        raise UserError(
+            f"output_dir: {path} holds a run of another config ({'; '.join(changed)}). "
+            "Set another output_dir, or overwrite_output_dir: true to start afresh."
+        )
     if record.get("finished"):
-        if changed:
-            raise UserError(
-                f"output_dir: {path} holds a finished run of another config ({'; '.join(changed)}). "
-                "Set another output_dir, or overwrite_output_dir: true to start afresh."
-            )
         return OutputFolder(path, finished=True)
     remove_leftovers(path)
     checkpoint = find_newest_checkpoint(path, lambda name, why: say(f"Passing over {name}: {why}."))
@@ -70,17 +93,4 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
         say(f"An earlier run in {path} left no checkpoint; starting from the beginning.")
     else:
         say(f"Resuming from {checkpoint}.")
-        if changed:
-            say(f"Changed since that run began: {'; '.join(changed)}.")
     return OutputFolder(path, checkpoint)
-
-
-def _clear(path: Path, ours: bool) -> None:
-    """Remove what an earlier run of ours would resume from or mix into the new one's log."""
-    if not ours:
-        return
-    for checkpoint in path.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    remove_leftovers(path)
-    for name in (LOG_FILE, RECORD_FILE):
-        (path / name).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from prefkit.model.policy import attach_logps_forward
 from prefkit.model.reference import AdapterOff
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import write_record
+from prefkit.runs.record import write_model_card, write_record
 from prefkit.runs.report import print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.arguments import make_training_arguments
@@ -70,6 +70,8 @@ def train(config: RunConfig, console: Console) -> None:
     model, layout = _build_model(config, args, console)
     trainer = _build_trainer(config, args, model, layout, pairs, template, folder, console)
     run = Run(config, folder, trainer, model, template, pairs, console)
+    if run.leads:
+        folder.clear()
     run.record(layout, finished=False)
     run.train()
     run.evaluate()
@@ -160,7 +162,7 @@ class Run:
     console: Console
 
     @property
-    def _leads(self) -> bool:
+    def leads(self) -> bool:
         return self.trainer.is_world_process_zero()
 
     def train(self) -> None:
@@ -171,8 +173,13 @@ class Run:
         self.trainer.save_model()
         self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
-        if self.config.output.plot_loss and self._leads:
-            plot_curves(self.trainer.state.log_history, self.folder.path)
+        if not self.leads:
+            return
+        facts = f"{self.config.method.pref_loss} loss on {', '.join(self.config.data.dataset)}"
+        write_model_card(self.folder.path, self.config.model.model_name_or_path, facts)
+        log = self.trainer.state.log_history
+        if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
+            self.console.print("No curves: the log has fewer than two lines; set a smaller logging_steps.")
 
     def evaluate(self) -> None:
         """Metrics of the held-out pairs (`do_eval`), and of each of them (`do_predict`)."""
@@ -194,7 +201,7 @@ class Run:
             self.trainer.save_metrics("predict", metrics)
             sources = (example.source for example in self.pairs.held_out)
             lines = (json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, rows, strict=True))
-            if self._leads:
+            if self.leads:
                 (self.folder.path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def _last_evaluation(self) -> dict[str, float] | None:
@@ -208,7 +215,7 @@ class Run:
     def sample(self) -> None:
         """Answers of reference and tuned model to `sample_prompts` held-out prompts."""
         number = self.config.output.sample_prompts
-        if not number or not self._leads:
+        if not number or not self.leads:
             return
         self.console.print(f"Answering {min(number, len(self.pairs.held_out))} held-out prompts ...")
         examples = self.pairs.held_out[:number]
@@ -221,11 +228,11 @@ class Run:
         rows = zip(sources, self.pairs.held_out_questions[:number], before, after, strict=True)
         samples = [Sample(*row) for row in rows]
         write_samples(samples, self.folder.path)
-        print_samples(self.console, samples[:_SHOWN_SAMPLES])
+        print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 
     def record(self, layout: Layout, finished: bool) -> None:
         """Write `config.yaml` and `prefkit.json`."""
-        if not self._leads:
+        if not self.leads:
             return
         facts = {
             "finished": finished,
@@ -242,7 +249,7 @@ class Run:
 
     def show_files(self) -> None:
         """Name the files of the run that are there."""
-        if self._leads:
+        if self.leads:
             known = {name: what for name, what in FILES.items() if (self.folder.path / name).exists()}
             print_files(self.console, self.folder.path, known)
 

@@ -18,6 +18,7 @@ BASE = {
 }
 
 BROKEN = {
+    "report_to": "report_to: wnadb",
     "no_training": "do_train: false\ndo_eval: true\nval_size: 0.1",
     "dataset_missing": "dataset: null",
     "length_grouping": "train_sampling_strategy: group_by_length",

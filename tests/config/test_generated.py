@@ -51,3 +51,11 @@ def test_choices_come_from_the_enums():
     assert KEYS["eval_strategy"].choices == ("no", "steps", "epoch")
     assert {"cosine", "linear", "warmup_stable_decay"} < set(KEYS["lr_scheduler_type"].choices)
     assert KEYS["output_dir"].required
+
+
+def test_trackers_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from prefkit.config.checks import _TRACKERS
+
+    assert {"all", "none", *INTEGRATION_TO_CALLBACK} == _TRACKERS

@@ -63,7 +63,7 @@ def test_samples(tmp_path: Path) -> None:
     assert "## Why [not]?" in text and "> long\n>\n> answer" in text and "> (nothing)" in text
     assert json.loads((tmp_path / "samples.jsonl").read_text())["before"] == "long\n\nanswer"
     console = make_console(io.StringIO())
-    print_samples(console, [sample])
+    print_samples(console, [sample], 20)
     assert "Why [not]?" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

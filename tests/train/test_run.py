@@ -222,9 +222,37 @@ def test_a_finished_run_says_so(write_config, tmp_path: Path) -> None:
     before = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
     assert "is finished" in run(config)
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"finished run of another config .*pref_beta: 0.1 -> 0.2"):
+    with pytest.raises(UserError, match=r"a run of another config .*pref_beta: 0.1 -> 0.2"):
         run(config, "pref_beta=0.2")
+    assert "is finished" in run(config, "save_steps=100")
     assert "is finished" not in run(config, "pref_beta=0.2", "overwrite_output_dir=true")
+
+
+def test_an_unfinished_run_goes_on_with_its_own_config_only(write_config, tmp_path: Path) -> None:
+    config = write_config()
+    run(config)
+    record = tmp_path / "out" / "prefkit.json"
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    with pytest.raises(UserError, match=r"learning_rate: 0\.01 -> 0\.001"):
+        run(config, "learning_rate=1e-3")
+    assert "Resuming from" in run(config)
+
+
+def test_overwriting_waits_until_model_and_data_are_read(write_config, tmp_path: Path) -> None:
+    config = write_config(plot_loss=True)
+    run(config)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    for wrong in ("template=qwen9", "dataset=nothing", "lora_target=nothing"):
+        with pytest.raises(UserError):
+            run(config, "overwrite_output_dir=true", wrong)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert "is finished" in run(config)
+    run(config, "overwrite_output_dir=true", "plot_loss=false")
+    assert not list((tmp_path / "out").glob("training_*.png"))
+
+
+def test_curves_that_cannot_be_drawn_are_missed_aloud(write_config) -> None:
+    assert "No curves: the log has fewer than two lines" in run(write_config(plot_loss=True, logging_steps=2))
 
 
 def test_overwrite_starts_afresh(write_config, tmp_path: Path) -> None:
