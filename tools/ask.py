@@ -1,6 +1,6 @@
 """Ask a trained adapter and its base model one question, with plain transformers and peft.
 
-python tools/ask.py saves/demo_dpo "Why is the sky blue?"
+python tools/ask.py saves/demo_dpo "Why do leaves fall in autumn?"
 """
 
 from __future__ import annotations
