@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,11 @@ def test_the_saved_config_trains_again(write_config, tmp_path: Path) -> None:
 
 def test_config_errors_all_at_once_before_torch(write_config) -> None:
     config = write_config(pref_loss="sigmod", pref_bta=0.2, lora_rank=0)
-    start = time.perf_counter()
     done = call("train", config, "--learning_rate=1")
-    taken = time.perf_counter() - start
     assert done.returncode == 2 and done.stdout == ""
     for part in ("did you mean sigmoid", "did you mean pref_beta", "lora_rank", "write learning_rate=1"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
-    assert taken < 5  # it is some 0.3 s; loading torch and transformers alone takes longer than this
     code = f"import sys; sys.argv = ['prefkit', 'train', {str(config)!r}]\nfrom prefkit.cli import main\n"
     code += "try: main()\nfinally: assert not {'torch', 'transformers', 'rich.console'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
