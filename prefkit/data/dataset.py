@@ -46,7 +46,7 @@ def load_pairs(config: DataConfig, template: ChatTemplate, seed: int, track: Tra
     held_out = [row for part in rows[num_train:] for row in part]
     if config.val_size:
         train, held_out = _split(train, config.val_size, seed)
-    if config.dataset and not train:
+    if not train:
         raise DataError("no row is left to train on; " + "; ".join(_explain(ledger) for _, ledger in loaded))
     return Pairs(
         [example for example, _ in train],

@@ -49,11 +49,6 @@ class PackedBatch:
         """The fields by name: the form that a data loader moves between devices."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    @property
-    def num_responses(self) -> int:
-        """N, the number of responses."""
-        return self.pairs.numel()
-
 
 def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
     """Lay out examples as one batch.

@@ -105,10 +105,6 @@ class ChatTemplate:
         start = self._response_start(opened, full, messages, thinks)
         return self._ids(opened[:start]), [self._ids(text[start:]) for text in full]
 
-    def encode_prompt(self, prompt: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt alone, for generating a response."""
-        return self.encode(prompt, [])[0]
-
     def _response_start(
         self, opened: str, full: list[str], messages: list[dict[str, str]], thinks: bool
     ) -> int:

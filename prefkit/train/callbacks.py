@@ -55,8 +55,8 @@ class LogFile(TrainerCallback):
         line |= {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
         if not state.is_world_process_zero or not line.keys() & {"loss", "eval_loss"}:
             return
-        elapsed = time.time() - self.started if hasattr(self, "started") else 0.0
-        done = state.global_step - getattr(self, "first_step", 0)
+        elapsed = time.time() - self.started
+        done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
         line["percentage"] = round(100 * state.global_step / max(state.max_steps, 1), 2)
         line["elapsed_time"] = str(timedelta(seconds=int(elapsed)))

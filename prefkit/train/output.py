@@ -53,7 +53,7 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     `resume_from_checkpoint` may name the checkpoint, or with false start over; otherwise the newest whole
     one is taken.
 
-    Raises `UserError` for a folder with files of another origin, for a finished run of another config,
+    Raises `UserError` for a folder with files of another origin, for a run of another config,
     for a folder that cannot be written, and for a named checkpoint that is not whole.
     """
     path = Path(config.training["output_dir"]).expanduser()

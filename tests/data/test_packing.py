@@ -45,4 +45,4 @@ def test_the_source_of_each_token_is_the_token_before_it() -> None:
         before = batch.input_ids.flatten()[batch.source]
         assert before.tolist() == [11, 1, 2, 11, 12, 12, 6]
         same = torch.equal(batch.target, pack(EXAMPLES, "shared").target)
-        assert same and batch.num_responses == 4
+        assert same and batch.pairs.numel() == 4

@@ -95,7 +95,7 @@ def test_user_text_never_becomes_a_control_token(
 
 def test_prompt_and_response_are_encoded_apart(tokenizer) -> None:
     prompt, responses = ChatTemplate(tokenizer, "chatml").encode([USER], ["\nx", "y"])
-    assert prompt == ChatTemplate(tokenizer, "chatml").encode_prompt([USER])
+    assert prompt == ChatTemplate(tokenizer, "chatml").encode([USER], [])[0]
     assert tokenizer.decode(responses[0]) == "\nx<|im_end|>\n"
 
 
