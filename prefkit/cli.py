@@ -6,12 +6,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prefkit import __version__
 from prefkit.config.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from prefkit.config.checks import Rules
+    from prefkit.config.schema import UseConfig
+    from prefkit.serve.assistant import Sampling
 
 app = typer.Typer(
     help="Preference training of language models from one YAML file.",
@@ -23,11 +28,8 @@ app = typer.Typer(
 
 # Verbs of the tools that people come from, and what to do here.
 _ELSEWHERE = {
-    "api": "This version does not serve models; `vllm serve BASE --enable-lora` serves the adapter it saves.",
-    "chat": "This version has no chat; set sample_prompts in the YAML to see answers before and after.",
     "eval": "Set do_eval: true and eval_dataset or val_size in the YAML that trains.",
-    "export": "This version has no export; `peft.PeftModel.merge_and_unload` merges the adapter it saves.",
-    "webchat": "There is no web page; set sample_prompts in the YAML to see answers before and after.",
+    "webchat": "There is no web page: `prefkit chat FOLDER` talks in the terminal.",
     "webui": "There is no web page; `prefkit train config.yaml` runs from one YAML file, see docs/keys.md.",
 }
 
@@ -57,6 +59,89 @@ def train(
         console.show_cursor()
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+
+
+_SOURCE = typer.Argument(
+    help="The folder of a run, adapter or model, a Hugging Face id, or a YAML file.", show_default=False
+)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def export(
+    source: Annotated[str, _SOURCE],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Keys, as export_dir=models/mine."),
+    ] = None,
+) -> None:
+    """Merge adapters into their base, and write a model that plain transformers reads."""
+    from prefkit.config.checks import EXPORT
+
+    config = _read_use(source, overrides, EXPORT)
+    from prefkit.runs.report import make_console
+    from prefkit.serve.export import export as run
+
+    console = make_console()
+    folder = run(config, console.print)
+    console.print(f"Written to {folder}; `prefkit chat {folder}` talks to it.")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def chat(
+    source: Annotated[str, _SOURCE],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys, such as temperature=0.")
+    ] = None,
+) -> None:
+    """Talk to a model in the terminal; /help there lists the commands."""
+    from prefkit.config.checks import TALKING
+
+    config = _read_use(source, overrides, TALKING)
+    from prefkit.runs.report import make_console
+    from prefkit.serve.chat import chat as run
+    from prefkit.serve.load import load_assistant
+
+    run(load_assistant(config), _sampling(config), make_console())
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def api(
+    source: Annotated[str, _SOURCE],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys, such as max_new_tokens=256.")
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="API_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="API_PORT", help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model as OpenAI does: /v1/chat/completions. API_KEY in the environment is the token, if any."""
+    from prefkit.config.checks import TALKING
+
+    config = _read_use(source, overrides, TALKING)
+    from prefkit.serve.api import check_address, serve
+    from prefkit.serve.load import load_assistant
+
+    token = os.environ.get("API_KEY") or None
+    check_address(host, token)
+    serve(load_assistant(config), _sampling(config), host, port, token)
+
+
+def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:
+    """The config of a use, its warnings said."""
+    from prefkit.serve.load import read_use_config
+
+    loaded = read_use_config(source, overrides or [], rules)
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _quiet_libraries()
+    return loaded.config
+
+
+def _sampling(config: UseConfig) -> Sampling:
+    from dataclasses import asdict
+
+    from prefkit.serve.assistant import Sampling
+
+    return Sampling(**asdict(config.generation))
 
 
 @app.command()
@@ -100,7 +185,8 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

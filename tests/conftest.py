@@ -145,6 +145,12 @@ def write_config(tmp_path: Path, tiny_model: Path, dataset_dir: Path) -> Callabl
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads the reference log-probs of another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def restore_threads() -> Iterator[None]:
     yield
     torch.set_num_threads(1)

@@ -70,7 +70,7 @@ def test_env() -> None:
     assert done.returncode == 0 and "transformers" in done.stdout and "python" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["chat", "api", "webchat", "webui", "export", "eval"])
+@pytest.mark.parametrize("verb", ["webchat", "webui", "eval"])
 def test_verbs_of_other_tools_say_what_to_use(verb: str) -> None:
     done = call(verb, "x.yaml")
     assert done.returncode != 0 and f"prefkit has no `{verb}`" in done.stderr
@@ -84,3 +84,31 @@ def test_an_unknown_verb() -> None:
 def test_a_missing_file() -> None:
     done = call("train", "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr
+
+
+@pytest.fixture
+def trained(write_config, tmp_path: Path) -> Path:
+    """A folder with a trained adapter."""
+    done = call("train", write_config())
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "out"
+
+
+def test_export_chat_and_their_errors(trained: Path, tmp_path: Path) -> None:
+    done = call("export", trained, f"export_dir={tmp_path / 'model'}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "probe rows agree" in done.stdout and "chat" in done.stdout
+    for source in (trained, tmp_path / "model"):
+        done = call("chat", source, "max_new_tokens=4", "temperature=0", input="Hi\n/exit\n")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    done = call("export", trained, "export_dri=x")
+    assert done.returncode == 2 and "did you mean export_dir" in done.stderr
+    done = call("export", tmp_path / "nothing.yaml")
+    assert done.returncode == 1 and "nothing.yaml does not exist" in done.stderr
+    done = call("chat", trained, f"model_name_or_path={tmp_path}")
+    assert done.returncode == 1 and "has no config.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_api_listens_to_this_machine_alone(trained: Path) -> None:
+    done = call("api", trained, "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 1 and "token" in done.stderr and "Traceback" not in done.stderr

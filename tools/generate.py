@@ -99,13 +99,18 @@ _INTRODUCTION = """\
 
 Written by `python tools/generate.py`; change the code, not this page. A list may be written `a,b` too.
 An unknown key is an error. `null` stands for the default where it has no meaning of its own.
+
+`prefkit train` reads all keys but those of Export and Generation; `prefkit export` reads Model, Data and
+Export, `prefkit chat` and `prefkit api` Model, Data and Generation. A key that a verb does not read is a
+warning.
 """
 
 _FOREIGN = """\
 ## Keys of LLaMA-Factory that this version does not have
 
 At its default, or switched off, such a key says nothing. Otherwise `refuse` is an error, because the
-training would not be the one asked for, and `ignore` a warning.
+training would not be the one asked for, and `ignore` a warning. To `prefkit export`, `chat` and `api` both
+are a warning, unless they say which model it is or hold a secret.
 """
 
 

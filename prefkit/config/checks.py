@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from .errors import Problem
+from .errors import Problem, is_secret
+from .foreign import FOREIGN
+from .schema import KEYS, METRICS, PART_METRICS
 
 Rule = Callable[[SimpleNamespace], object]
 
@@ -26,6 +28,15 @@ class Needs(NamedTuple):
     key: str
     holds: Rule
     condition: str
+
+
+class Rules(NamedTuple):
+    """What one use of a config is held to; it does not read the `unused` of its keys."""
+
+    errors: tuple[Check, ...]
+    warnings: tuple[Check, ...]
+    needs: tuple[Needs, ...]
+    unused: tuple[str, ...] = ()
 
 
 # Names that transformers' report_to knows; a test compares them.
@@ -54,6 +65,38 @@ def _is_evaluating(v: SimpleNamespace) -> bool:
     return v.do_eval or v.do_predict or v.eval_on_start or v.eval_strategy != "no"
 
 
+def _is_quantized(v: SimpleNamespace) -> bool:
+    return v.quantization_bit is not None
+
+
+def _adds_tokens(v: SimpleNamespace) -> bool:
+    return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens)
+
+
+def _metric(v: SimpleNamespace) -> str:
+    """`metric_for_best_model` without its prefix."""
+    return str(v.metric_for_best_model or "loss").removeprefix("eval_")
+
+
+def _is_lora(v: SimpleNamespace) -> bool:
+    return v.finetuning_type == "lora"
+
+
+def _starts_adapter(v: SimpleNamespace) -> bool:
+    """Whether the adapter that is trained is a new one, of the shape that the YAML gives it."""
+    return _is_lora(v) and bool(v.create_new_adapter or not v.adapter_name_or_path)
+
+
+def _is_lost_on(key: str) -> Rule:
+    """A rule: the key is given, and only LoRA knows it."""
+    return lambda v: getattr(v, key) and not _is_lora(v)
+
+
+def _is_written(key: str) -> Rule:
+    """A rule: a key of `FOREIGN` asks for something."""
+    return lambda v: not FOREIGN[key].is_off(getattr(v, key))
+
+
 def _has_held_out(v: SimpleNamespace) -> bool:
     return bool(v.val_size > 0 or v.eval_dataset)
 
@@ -74,11 +117,15 @@ ERRORS = (
           lambda v: not _TRACKERS.issuperset(
               [v.report_to] if isinstance(v.report_to, str) else v.report_to or ()),
           f"one or more of {', '.join(sorted(_TRACKERS))} is wanted"),
-    Check("no_training", ("do_train",),
-          lambda v: not v.do_train,
-          "write do_train: true: this version evaluates only what it has just trained"),
-    Check("dataset_missing", ("dataset",),
-          lambda v: not v.dataset,
+    Check("no_training", ("do_train", "adapter_name_or_path", "ref_model"),
+          lambda v: not v.do_train and not v.adapter_name_or_path and not v.ref_model,
+          "write do_train: true; to evaluate without training, name the adapter_name_or_path to measure "
+          "against the model without it, or a ref_model"),
+    Check("nothing_to_do", ("do_train", "do_eval", "do_predict", "eval_dataset"),
+          lambda v: not v.do_train and not ((v.do_eval or v.do_predict) and v.eval_dataset),
+          "without training an eval_dataset is measured: write one, with do_eval: true or do_predict: true"),
+    Check("dataset_missing", ("dataset", "do_train"),
+          lambda v: v.do_train and not v.dataset,
           "missing; training needs the names of data sets, such as dataset: dpo_en_demo"),
     Check("length_grouping", ("train_sampling_strategy",),
           lambda v: v.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
@@ -114,6 +161,80 @@ ERRORS = (
     Check("ref_model_reference_free", ("ref_model", "pref_loss"),
           lambda v: v.ref_model and _is_reference_free(v),
           "{pref_loss} is reference-free, so that a reference model would not be read: remove it"),
+    Check("ref_adapters_alone", ("ref_model_adapters", "ref_model"),
+          lambda v: v.ref_model_adapters and not v.ref_model,
+          "needs ref_model, the model that these adapters belong to"),
+    Check("ref_quantization_alone", ("ref_model_quantization_bit", "ref_model"),
+          lambda v: v.ref_model_quantization_bit is not None and not v.ref_model,
+          "needs ref_model: the reference is the model that is trained, in the format that it has"),
+    Check("ref_quantization_adapters", ("ref_model_quantization_bit", "ref_model_adapters"),
+          lambda v: v.ref_model_quantization_bit is not None and v.ref_model_adapters,
+          "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("ref_quantization_bits", ("ref_model_quantization_bit",),
+          lambda v: v.ref_model_quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+    Check("quantization_bits", ("quantization_bit",),
+          lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+    Check("quantization_tuning", ("quantization_bit", "finetuning_type"),
+          lambda v: _is_quantized(v) and not _is_lora(v),
+          "quantised weights cannot be trained: write finetuning_type: lora"),
+    Check("quantization_adapters", ("quantization_bit", "adapter_name_or_path", "create_new_adapter"),
+          lambda v: _is_quantized(v) and (len(v.adapter_name_or_path) > 1 or
+                                          (v.adapter_name_or_path and v.create_new_adapter)),
+          "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("quantization_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
+          lambda v: _is_quantized(v) and _adds_tokens(v),
+          "the vocabulary of a quantised model cannot be resized: remove it, or resize_vocab, add_tokens and "
+          "add_special_tokens"),
+    Check("quantization_pissa", ("quantization_bit", "pissa_init"),
+          lambda v: _is_quantized(v) and v.pissa_init,
+          "pissa_init decomposes the weights, and these are quantised: remove one of the two"),
+    Check("pure_bf16", ("pure_bf16", "fp16", "dtype"),
+          lambda v: v.pure_bf16 and (v.fp16 or v.dtype not in ("auto", "bfloat16")),
+          "holds every weight in bfloat16: remove it, or fp16 and dtype: {dtype}"),
+    Check("adapter_tuning", ("adapter_name_or_path", "finetuning_type"),
+          lambda v: v.adapter_name_or_path and not _is_lora(v),
+          "an adapter is trained on with finetuning_type: lora only; for {finetuning_type}, merge it first "
+          "with prefkit export"),
+    Check("create_new_adapter", ("create_new_adapter", "adapter_name_or_path"),
+          lambda v: v.create_new_adapter and not v.adapter_name_or_path,
+          "needs the adapter_name_or_path to merge; without one a new adapter is trained anyway"),
+    Check("create_new_adapter_untrained",
+          ("create_new_adapter", "do_train", "adapter_name_or_path", "ref_model"),
+          lambda v: v.create_new_adapter and not v.do_train and v.adapter_name_or_path and not v.ref_model,
+          "without do_train the model would be measured against itself: remove it, or name a ref_model"),
+    Check("lora_target",
+          ("lora_target", "finetuning_type", "create_new_adapter", "adapter_name_or_path"),
+          lambda v: _starts_adapter(v) and not v.lora_target,
+          "names no module: write all, or remove it"),
+    *(
+        Check(f"{key}_tuning", (key, "finetuning_type"), _is_lost_on(key),
+              "needs finetuning_type: lora, not {finetuning_type}: remove it")
+        for key in ("use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio")
+    ),
+    Check("pissa_adapter", ("pissa_init", "adapter_name_or_path", "create_new_adapter"),
+          lambda v: v.pissa_init and v.adapter_name_or_path and not v.create_new_adapter,
+          "starts a new adapter: write create_new_adapter: true, or remove it"),
+    Check("pissa_dora", ("pissa_init", "use_dora"),
+          lambda v: v.pissa_init and v.use_dora,
+          "the result could not be written as plain LoRA: keep one of pissa_init and use_dora"),
+    Check("pissa_iter", ("pissa_iter",), lambda v: v.pissa_iter == 0,
+          "must be -1, for an exact decomposition, or above 0"),
+    Check("freeze_layers", ("freeze_trainable_layers", "freeze_extra_modules", "finetuning_type"),
+          lambda v: v.finetuning_type == "freeze" and not v.freeze_trainable_layers
+          and not v.freeze_extra_modules,
+          "0 trains nothing: write how many layers, or freeze_extra_modules"),
+    Check("freeze_modules", ("freeze_trainable_modules", "finetuning_type"),
+          lambda v: v.finetuning_type == "freeze" and not v.freeze_trainable_modules,
+          "names no module: write all, or remove it"),
+    Check("early_stopping_eval", ("early_stopping_steps", "eval_strategy"),
+          lambda v: v.early_stopping_steps and v.eval_strategy == "no",
+          "watches the evaluations: write eval_strategy: steps or epoch"),
+    Check("best_metric", ("metric_for_best_model",),
+          lambda v: _metric(v) not in METRICS,
+          f"is none of the metrics of an evaluation: write one of {', '.join(METRICS)}"),
+    Check("best_metric_loss", ("metric_for_best_model", "pref_loss"),
+          lambda v: _metric(v) in PART_METRICS and v.pref_loss not in PART_METRICS[_metric(v)],
+          "is not measured with pref_loss: {pref_loss}; eval_loss is"),
     Check("bco_reference_free", ("pref_bco_weight", "pref_loss"),
           lambda v: v.pref_bco_weight > 0 and _is_reference_free(v),
           "BCO needs a reference, and {pref_loss} is reference-free: write pref_bco_weight: 0"),
@@ -179,15 +300,20 @@ WARNINGS = (
     Check("simpo_margin", ("simpo_gamma", "pref_beta", "pref_loss"),
           lambda v: v.pref_loss == "simpo" and v.simpo_gamma / v.pref_beta > 2,
           "asks for a margin of gamma / beta > 2 nats per token: simpo's authors use 0.3 to 1.6"),
-    Check("lora_dropout", ("lora_dropout",),
-          lambda v: v.lora_dropout > 0,
+    Check("lora_dropout", ("lora_dropout", "finetuning_type"),
+          lambda v: v.lora_dropout > 0 and _starts_adapter(v),
           "makes the log-ratio of policy and reference noisy: preference training does better with 0"),
+    Check("early_stopping_last", ("early_stopping_steps", "load_best_model_at_end"),
+          lambda v: v.early_stopping_steps and not v.load_best_model_at_end,
+          "the last model is saved, not the best: load_best_model_at_end: true saves that"),
 )  # fmt: skip
 
 NEEDS = (
     Needs("simpo_gamma", lambda v: v.pref_loss == "simpo", "pref_loss: simpo"),
     Needs("ipo_average", lambda v: v.pref_loss == "ipo", "pref_loss: ipo"),
     Needs("ld_alpha_reference", lambda v: v.ld_alpha is not None, "ld_alpha"),
+    Needs("dataset", lambda v: v.do_train, "do_train"),
+    Needs("sample_prompts", lambda v: v.do_train, "do_train"),
     Needs("sample_max_new_tokens", lambda v: v.sample_prompts > 0, "sample_prompts"),
     Needs("num_train_epochs", lambda v: v.max_steps <= 0, "max_steps to be absent"),
     Needs("eval_steps", lambda v: v.eval_strategy == "steps", "eval_strategy: steps"),
@@ -196,18 +322,87 @@ NEEDS = (
     Needs("logging_steps", lambda v: v.logging_strategy == "steps" or v.eval_strategy == "steps",
           "logging_strategy: steps"),
     Needs("fsdp_config", lambda v: v.fsdp, "fsdp"),
+    Needs("ref_cache", lambda v: not _is_reference_free(v), "a pref_loss with a reference"),
+    *(Needs(key, lambda v: 4 in (v.quantization_bit, v.ref_model_quantization_bit), "quantization_bit: 4")
+      for key in ("quantization_type", "double_quantization")),
+    *(Needs(key, _starts_adapter, "finetuning_type: lora and a new adapter")
+      for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target",
+                  "use_rslora", "use_dora")),
+    *(Needs(key, lambda v: v.finetuning_type == "freeze", "finetuning_type: freeze")
+      for key in ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")),
+    Needs("pissa_iter", lambda v: v.pissa_init, "pissa_init"),
+    Needs("loraplus_lr_embedding", lambda v: v.loraplus_lr_ratio, "loraplus_lr_ratio"),
+)  # fmt: skip
+
+TRAINING = Rules(ERRORS, WARNINGS, NEEDS)
+
+# Which model this is, or a secret: as wrong in a use as in training.
+_REFUSED = tuple(
+    Check(key, (key,), _is_written(key), FOREIGN[key].hint)
+    for key in (
+        *filter(is_secret, FOREIGN),
+        *("adapter_folder", "new_special_tokens_config", "quantization_method"),
+    )
+)
+_TRAINED_WITH = (
+    *("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size", "disable_shuffling"),
+    *("batch_layout", "disable_gradient_checkpointing", "moe_aux_loss_coef"),
+)
+
+
+def _keys_of(group: str) -> tuple[str, ...]:
+    return tuple(name for name, key in KEYS.items() if key.group == group)
+
+
+TALKING = Rules(
+    (
+        Check("infer_backend", ("infer_backend",), lambda v: v.infer_backend not in (None, "huggingface"),
+              "answers come from transformers here: remove it"),
+        Check("talking_bits", ("quantization_bit",),
+              lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+        Check("talking_adapters", ("quantization_bit", "adapter_name_or_path"),
+              lambda v: _is_quantized(v) and len(v.adapter_name_or_path) > 1,
+              "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+        Check("talking_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
+              lambda v: _is_quantized(v) and _adds_tokens(v),
+              "the vocabulary of a quantised model cannot be resized, and that of this one was: remove it"),
+        *_REFUSED,
+    ),
+    (),
+    (
+        *(Needs(key, lambda v: v.quantization_bit == 4, "quantization_bit: 4")
+          for key in ("quantization_type", "double_quantization")),
+        *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
+    ),
+    (*_TRAINED_WITH, *_keys_of("export")),
+)  # fmt: skip
+EXPORT = Rules(
+    (
+        Check("export_dir", ("export_dir",), lambda v: not v.export_dir,
+              "missing; write export_dir: models/my-model"),
+        Check("export_quantized", ("quantization_bit",), _is_quantized,
+              "an exported model keeps the numbers of its base: remove it"),
+        Check("export_quantization", ("export_quantization_bit",), lambda v: v.export_quantization_bit,
+              "an exported model keeps the numbers of its base: remove it"),
+        Check("export_hub", ("export_hub_model_id",), lambda v: v.export_hub_model_id,
+              "the model is not uploaded: remove it, and run `hf upload` on export_dir"),
+        *_REFUSED,
+    ),
+    (),
+    (),
+    (*_TRAINED_WITH, *_keys_of("generation"), "quantization_type", "double_quantization"),
 )  # fmt: skip
 
 
-def find_errors(values: SimpleNamespace, unknown: Collection[str]) -> list[Problem]:
-    """The rows of ERRORS that are broken; rows that read a key of `unknown` value are left out."""
-    return _find(ERRORS, values, unknown)
+def find_errors(rules: Rules, values: SimpleNamespace, unknown: Collection[str]) -> list[Problem]:
+    """The errors that hold; rows that read a key of `unknown` value are left out."""
+    return _find(rules.errors, values, unknown)
 
 
-def find_warnings(values: SimpleNamespace, changed: Collection[str]) -> list[str]:
+def find_warnings(rules: Rules, values: SimpleNamespace, changed: Collection[str]) -> list[str]:
     """What is allowed but hardly meant; `changed` are the keys given with another value than the default."""
-    found = [f"{problem.key}: {problem.text}" for problem in _find(WARNINGS, values, ())]
-    idle = [row for row in NEEDS if row.key in changed and not row.holds(values)]
+    found = [f"{problem.key}: {problem.text}" for problem in _find(rules.warnings, values, ())]
+    idle = [row for row in rules.needs if row.key in changed and not row.holds(values)]
     if idle:
         found.append("without effect: " + ", ".join(f"{row.key} (needs {row.condition})" for row in idle))
     return found

@@ -25,15 +25,9 @@ class Foreign(NamedTuple):
 
 
 _SECRET = "a secret belongs into the environment, never into a config: set "
-_NO_ADAPTERS = (
-    "training always starts from a new adapter in this version: merge the old one into the model first"
-)
-_NO_REFERENCE = "the reference is always the model without its adapter in this version: remove the key"
-_NO_TOKENS = "the vocabulary is not changed in this version: save a model with the new tokens first"
 _OPTIMIZERS = "this optimizer is not in this version: remove the key, or name another one with optim"
-_QUANTIZED = "quantised models are not in this version: remove the key and train with bf16"
+_LAYERS = "not in this version: remove the key, and choose layers with finetuning_type: freeze"
 _MIXING = "data sets are concatenated in this version: remove the key"
-_LAYERS = "only LoRA is in this version: remove the key, and choose modules with lora_target"
 _CACHE = "the encoded data set is not stored in this version: remove the key"
 
 _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
@@ -46,30 +40,21 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
     ("refuse", "has a new name: write eval_strategy", {"evaluation_strategy": "no"}),
     ("refuse", "shared batches have no padding to save: remove it", {"group_by_length": False}),
     ("refuse", "has a new name: write use_cpu: true", {"no_cuda": False}),
-    ("refuse", "not in this version: write load_best_model_at_end: true, which keeps the best checkpoint",
-     {"early_stopping_steps": None}),
-    ("refuse", "not in this version: write bf16: true, which keeps the trained weights in float32",
-     {"pure_bf16": False}),
     ("refuse", "not in this version: write bf16: true", {"fp8": False}),
     ("refuse", "only Python code can set it", {"parallelism_config": None}),
-    ("refuse", _NO_ADAPTERS,
-     {"adapter_name_or_path": None, "adapter_folder": None, "create_new_adapter": False}),
-    ("refuse", _NO_REFERENCE,
-     {"ref_model": None, "ref_model_adapters": None, "ref_model_quantization_bit": None}),
-    ("refuse", _NO_TOKENS,
-     {"resize_vocab": False, "add_tokens": None, "add_special_tokens": None,
-      "new_special_tokens_config": None}),
+    ("refuse", "write the whole path into adapter_name_or_path", {"adapter_folder": None}),
+    ("refuse", "name the tokens with add_special_tokens", {"new_special_tokens_config": None}),
+    ("refuse", "new rows are drawn around the mean of the others: remove the key",
+     {"init_special_tokens": "noise_init"}),
     ("refuse", "special tokens in the text of a message are always read as text here: remove the key",
      {"split_special_tokens": False}),
-    ("refuse", _QUANTIZED, {"quantization_bit": None, "quantization_device_map": None}),
+    ("refuse", "each process holds its model on one device: remove the key",
+     {"quantization_device_map": None}),
     ("refuse", "the model is trained as its checkpoint says: remove the key",
-     {"rope_scaling": None, "moe_aux_loss_coef": None, "mixture_of_depths": None, "shift_attn": False,
+     {"mixture_of_depths": None, "shift_attn": False,
       "train_from_scratch": False, "upcast_layernorm": False, "upcast_lmhead_output": False}),
-    ("refuse", "only standard LoRA, use_rslora and use_dora are in this version: remove the key",
-     {"pissa_init": False, "pissa_convert": False, "loraplus_lr_ratio": None}),
-    ("refuse", _LAYERS,
-     {"freeze_trainable_layers": 2, "freeze_trainable_modules": "all", "freeze_extra_modules": None,
-      "freeze_language_model": False, "use_llama_pro": False}),
+    ("refuse", _LAYERS, {"freeze_language_model": False, "use_llama_pro": False}),
+    ("refuse", "bitsandbytes is the only quantiser here: remove the key", {"quantization_method": "bnb"}),
     ("refuse", _OPTIMIZERS,
      {"use_galore": False, "use_apollo": False, "use_badam": False, "use_adam_mini": False,
       "use_muon": False}),
@@ -85,7 +70,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
      {"train_on_prompt": False, "mask_history": False, "use_dft_loss": False}),
     ("refuse", "tool calls are not in this version: remove the key", {"tool_format": None}),
     ("ignore", "concerns speed or memory only",
-     {"use_fast_tokenizer": True, "low_cpu_mem_usage": True, "flash_attn": "auto", "use_unsloth": False,
+     {"use_fast_tokenizer": True, "low_cpu_mem_usage": True, "use_unsloth": False,
       "use_unsloth_gc": False,
       "enable_liger_kernel": False, "use_reentrant_gc": True, "use_v1_kernels": False,
       "offload_folder": "offload", "preprocessing_num_workers": None, "preprocessing_batch_size": 1000,
@@ -103,17 +88,16 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
       "profiler_active_steps": 1, "profiler_repeat": 1, "profiler_record_shapes": True,
       "profiler_profile_memory": True, "profiler_with_stack": True}),
     ("ignore", "decided by prefkit itself",
-     {"save_safetensors": True, "ignore_pad_token_for_loss": True, "remove_unused_columns": True,
-      "label_names": None, "disable_tqdm": None, "logging_nan_inf_filter": True}),
+     {"save_safetensors": True, "pissa_convert": False, "ignore_pad_token_for_loss": True,
+      "remove_unused_columns": True, "label_names": None, "disable_tqdm": None,
+      "logging_nan_inf_filter": True}),
     ("ignore", "belongs to another stage",
      {"kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0, "ppo_buffer_size": 1, "ppo_epochs": 4,
       "ppo_score_norm": False, "ppo_target": 6.0, "ppo_whiten_rewards": False, "reward_model": None,
       "reward_model_adapters": None, "reward_model_quantization_bit": None,
       "reward_model_type": "lora"}),
     ("ignore", "belongs to a key that is off",
-     {"quantization_method": "bnb", "quantization_type": "nf4", "double_quantization": True,
-      "init_special_tokens": "noise_init", "fp8_backend": "auto",
-      "fp8_enable_fsdp_float8_all_gather": False, "loraplus_lr_embedding": 1e-6, "pissa_iter": 16,
+     {"fp8_backend": "auto", "fp8_enable_fsdp_float8_all_gather": False,
       "oft_rank": 0, "oft_block_size": 32, "oft_target": "all", "module_dropout": 0.0,
       "galore_target": "all", "galore_rank": 16, "galore_update_interval": 200, "galore_scale": 2.0,
       "galore_proj_type": "std", "galore_layerwise": False, "apollo_target": "all", "apollo_rank": 16,
@@ -133,8 +117,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
       "crop_to_patches": False, "video_max_pixels": 65536, "video_min_pixels": 256, "video_fps": 2.0,
       "video_maxlen": 128, "use_audio_in_video": False, "audio_sampling_rate": 16000}),
     ("ignore", "concerns generation",
-     {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "num_beams": 1,
-      "max_length": 1024, "max_new_tokens": 1024, "repetition_penalty": 1.0, "length_penalty": 1.0,
+     {"num_beams": 1, "max_length": 1024, "length_penalty": 1.0,
       "skip_special_tokens": True, "predict_with_generate": False, "sortish_sampler": False,
       "eval_num_beams": None, "generation_max_length": None, "generation_num_beams": None,
       "generation_config": None}),
@@ -142,7 +125,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
      {"infer_backend": "huggingface", "infer_dtype": "auto", "use_kv_cache": True, "vllm_maxlen": 4096,
       "vllm_gpu_util": 0.7, "vllm_enforce_eager": False, "vllm_max_lora_rank": 32, "vllm_config": None,
       "sglang_maxlen": 4096, "sglang_mem_fraction": 0.7, "sglang_tp_size": -1, "sglang_config": None,
-      "sglang_lora_backend": "triton", "export_dir": None, "export_size": 5, "export_device": "cpu",
+      "sglang_lora_backend": "triton",
       "export_quantization_bit": None, "export_quantization_dataset": None,
       "export_quantization_nsamples": 128, "export_quantization_maxlen": 1024,
       "export_legacy_format": False, "export_hub_model_id": None}),

@@ -1,31 +1,34 @@
-"""YAML or JSON, with `key=value` overrides, to a RunConfig: everything wrong is said at once."""
+"""YAML or JSON, with `key=value` overrides, to a config: everything wrong is said at once."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from .checks import find_errors, find_warnings
+from .checks import TRAINING, Rules, find_errors, find_warnings
 from .errors import ConfigError, Problem
 from .foreign import FOREIGN
-from .schema import GROUPS, KEYS, WARMUP_RATIO, RunConfig
+from .schema import GROUPS, KEYS, WARMUP_RATIO, RunConfig, UseConfig, keys_of
 from .source import Entry, read_file, read_overrides
 from .suggest import SYNONYMS, nearest
 from .values import convert
 
+Config = TypeVar("Config", RunConfig, UseConfig)
 
-class LoadedConfig(NamedTuple):
+
+class LoadedConfig(NamedTuple, Generic[Config]):
     """A usable config, and what its author should hear about it."""
 
-    config: RunConfig
+    config: Config
     warnings: tuple[str, ...]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[RunConfig]:
     """Read a config file, then `key=value` overrides; ConfigError holds all that is wrong with them.
 
     A key of TrainingArguments or of this project sets its value; null stands for the default where it
@@ -33,23 +36,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     `lr_scheduler_kwargs.num_cycles=2`. A key that only LLaMA-Factory knows is passed over or refused, see
     `foreign`; any other is an error that names the nearest key.
     """
-    path = Path(path)
-    entries, problems = read_file(path)
+    return _load(Path(path), overrides, {}, TRAINING, RunConfig)
+
+
+def load_use_config(
+    path: str | Path | None, overrides: Sequence[str], defaults: Mapping[str, Any], rules: Rules
+) -> LoadedConfig[UseConfig]:
+    """The same for a model that is exported or talked to; `defaults` hold where nothing else is written.
+
+    Keys that only concern training or another use are checked, and named as not used.
+    """
+    return _load(Path(path) if path else None, overrides, defaults, rules, UseConfig)
+
+
+def _load(
+    path: Path | None,
+    overrides: Sequence[str],
+    defaults: Mapping[str, Any],
+    rules: Rules,
+    wanted: type[Config],
+) -> LoadedConfig[Config]:
+    entries, problems = read_file(path) if path else ([], [])
     more_entries, more_problems = read_overrides(overrides)
     entries += more_entries
     problems += more_problems
-    written = _merge(entries, problems)
+    written = {**defaults, **_merge(entries, problems)}
     values = _convert(written, problems)
+    used = set(keys_of(wanted)).difference(rules.unused)
     unknown = {problem.key for problem in problems} | {_near(name) for name in written if not _is_known(name)}
-    problems += _find_missing(values, unknown)
+    problems += _find_missing(values, unknown, used)
     space = _fill_in(values, written)
-    problems += find_errors(space, unknown)
-    problems += _find_refused(written, {problem.key for problem in problems})
+    problems += find_errors(rules, space, unknown)
+    if wanted is RunConfig:
+        problems += _find_refused(written, {problem.key for problem in problems})
     if problems:
-        raise ConfigError(path, _describe(problems, entries))
+        raise ConfigError(path or "command line", _describe(problems, entries))
     changed = {name for name, value in values.items() if _is_changed(value, KEYS[name].default)}
-    warnings = find_warnings(space, changed) + _find_ignored(written)
-    return LoadedConfig(_build(values), tuple(warnings))
+    if space.lora_alpha == 2 * space.lora_rank:  # as a saved config spells its default
+        changed.discard("lora_alpha")
+    warnings = find_warnings(rules, space, changed & used)
+    unused = changed - used
+    if wanted is UseConfig:
+        unused |= {name for name, value in written.items() if _is_foreign(name, value)}
+    warnings += _find_unused(unused) + (_find_ignored(written) if wanted is RunConfig else [])
+    return LoadedConfig(_build(values, wanted), tuple(warnings))
 
 
 def _merge(entries: list[Entry], problems: list[Problem]) -> dict[str, Any]:
@@ -108,29 +138,37 @@ def _is_changed(value: object, default: object) -> bool:
     return value != default and (bool(value) or default is True)
 
 
-def _find_missing(values: dict[str, Any], unknown: set[str]) -> list[Problem]:
+def _find_missing(values: dict[str, Any], unknown: set[str], used: set[str]) -> list[Problem]:
     return [
         Problem(name, f"missing; write {name}: {key.example}")
         for name, key in KEYS.items()
-        if key.required and not values.get(name) and name not in unknown
+        if key.required and name in used and not values.get(name) and name not in unknown
     ]
+
+
+def _find_unused(names: set[str]) -> list[str]:
+    return [f"not used here: {', '.join(sorted(names))}"] if names else []
+
+
+def _is_foreign(name: str, value: object) -> bool:
+    """Whether a key of `FOREIGN` asks for something."""
+    return name in FOREIGN and not FOREIGN[name].is_off(value)
 
 
 def _find_refused(written: dict[str, Any], already: set[str]) -> list[Problem]:
     """Refused keys that no check has spoken about."""
     return [
-        Problem(name, row.hint)
+        Problem(name, FOREIGN[name].hint)
         for name, value in written.items()
-        if (row := FOREIGN.get(name)) and row.verdict == "refuse"
-        if not row.is_off(value) and name not in already
+        if _is_foreign(name, value) and FOREIGN[name].verdict == "refuse" and name not in already
     ]
 
 
 def _find_ignored(written: dict[str, Any]) -> list[str]:
     hints: dict[str, list[str]] = {}
     for name, value in written.items():
-        if (row := FOREIGN.get(name)) and row.verdict == "ignore" and not row.is_off(value):
-            hints.setdefault(row.hint, []).append(name)
+        if _is_foreign(name, value) and FOREIGN[name].verdict == "ignore":
+            hints.setdefault(FOREIGN[name].hint, []).append(name)
     listed = "; ".join(f"{', '.join(names)} ({hint})" for hint, names in hints.items())
     return [f"ignored: {listed}"] if hints else []
 
@@ -139,7 +177,7 @@ def _fill_in(values: dict[str, Any], written: dict[str, Any]) -> SimpleNamespace
     """Every key that exists, given or default, for the checks to read."""
     foreign = {name: written.get(name, row.default) for name, row in FOREIGN.items()}
     own = {name: values.get(name, key.default) for name, key in KEYS.items()}
-    return SimpleNamespace(**(foreign | own))
+    return SimpleNamespace(**(own | foreign))
 
 
 def _describe(problems: list[Problem], entries: list[Entry]) -> list[str]:
@@ -156,14 +194,15 @@ def _describe(problems: list[Problem], entries: list[Entry]) -> list[str]:
     return lines
 
 
-def _build(values: dict[str, Any]) -> RunConfig:
+def _build(values: dict[str, Any], wanted: type[Config]) -> Config:
     values = dict(values)
     ratio = values.pop(WARMUP_RATIO.name, 0)
     if ratio:
         values["warmup_steps"] = ratio
-    owners = {
-        group: owner(**{name: value for name, value in values.items() if KEYS[name].group == group})
-        for group, owner in GROUPS.items()
+    parts: dict[str, Any] = {
+        field.name: {name: value for name, value in values.items() if KEYS[name].group == field.name}
+        for field in dataclasses.fields(wanted)
     }
-    training = {name: value for name, value in values.items() if KEYS[name].group == "training"}
-    return RunConfig(training=training, **owners)
+    return wanted(
+        **{name: GROUPS[name](**given) if name in GROUPS else given for name, given in parts.items()}
+    )

@@ -14,6 +14,15 @@ from .errors import is_secret
 TRAINING_FILE = Path(__file__).with_name("training_arguments.json")
 REQUIRED: Any = dataclasses.MISSING
 
+# What an evaluation measures, without the prefix `eval_`; the last ones with the losses that have such a
+# part only. A test compares them with the losses.
+PART_METRICS = {"sft_loss": ("orpo",), "odds_ratio_loss": ("orpo",)}
+METRICS = (
+    "loss",
+    *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected", *PART_METRICS),
+)
+
 _LIMITS: dict[str, dict[str, Any]] = {
     "adam_beta1": {"minimum": 0, "below": 1},
     "adam_beta2": {"minimum": 0, "below": 1},
@@ -112,6 +121,41 @@ class ModelConfig:
         "Number format the weights are loaded in; auto is that of the checkpoint.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    adapter_name_or_path: tuple[str, ...] = key(
+        (),
+        "Adapters to start from, one upon the other: all but the last are merged into the model, and the "
+        "last is trained on.",
+    )
+    add_tokens: tuple[str, ...] = key((), "Tokens added to the tokenizer, and rows for them to the model.")
+    add_special_tokens: tuple[str, ...] = key(
+        (), "Control tokens added to the tokenizer, and rows for them to the model."
+    )
+    resize_vocab: bool = key(
+        False, "Give each token of the tokenizer that the model lacks a row of its own, which is trained."
+    )
+    rope_scaling: str | None = key(
+        None,
+        "How a model is stretched where cutoff_len exceeds its positions.",
+        choices=("linear", "yarn", "llama3"),
+        later=("dynamic", "longrope"),
+    )
+    flash_attn: str = key(
+        "auto",
+        "Attention kernel: sdpa is that of torch, disabled plain mathematics, fa2 the package flash-attn.",
+        choices=("auto", "disabled", "sdpa", "fa2"),
+        later=("fa3",),
+    )
+    moe_aux_loss_coef: float | None = key(
+        None, "Weight of the load-balancing loss of a mixture of experts; null leaves it out.", minimum=0
+    )
+    quantization_bit: int | None = key(
+        None,
+        "Bits of the frozen weights under the adapter (QLoRA, by bitsandbytes): 4 or 8.",
+        minimum=4,
+        maximum=8,
+    )
+    quantization_type: str = key("nf4", "Number format of 4-bit weights.", choices=("nf4", "fp4"))
+    double_quantization: bool = key(True, "Quantise the constants of 4-bit weights too.")
     disable_gradient_checkpointing: bool | None = key(
         None,
         "Keep all activations in memory; null does so on a CPU and recomputes them on an accelerator.",
@@ -188,16 +232,46 @@ class MethodConfig:
     ld_alpha_reference: bool = key(
         True, "Weigh the reference's tokens by ld_alpha too; false is what LLaMA-Factory does."
     )
+    early_stopping_steps: int | None = key(
+        None,
+        "Stop after this many evaluations in a row without a better metric_for_best_model (eval_loss "
+        "where absent).",
+        minimum=1,
+    )
     ipo_average: bool = key(True, "Log-ratios of ipo are means per token; false takes their sums.")
     pref_bco_weight: float = key(0.0, "Weight of the binary classifier loss (BCO) mixed in.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What is trained on top of the model."""
+class ReferenceConfig:
+    """What the policy is measured against."""
+
+    ref_model: str | None = key(
+        None, "Folder or Hugging Face id of the reference; null takes what training starts from."
+    )
+    ref_model_adapters: tuple[str, ...] = key((), "Adapters merged into ref_model, in this order.")
+    ref_model_quantization_bit: int | None = key(
+        None, "Bits of the weights of ref_model: 4 or 8.", minimum=4, maximum=8
+    )
+    ref_cache: bool | None = key(
+        None,
+        "Keep the reference's log-probs on disk and read them again; null does so where rows are seen more "
+        "than once.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """Which weights are trained."""
 
     finetuning_type: str = key(
-        "lora", "What is trained: lora adds an adapter.", choices=("lora",), later=("full", "freeze", "oft")
+        "lora",
+        "What is trained: an adapter (lora), some layers, the others frozen (freeze), or all weights (full).",
+        choices=("lora", "freeze", "full"),
+        later=("oft",),
+    )
+    create_new_adapter: bool = key(
+        False, "Merge every adapter of adapter_name_or_path and train a new one on top."
     )
     lora_rank: int = key(8, "Rank of the adapter's matrices.", minimum=1)
     lora_alpha: int = key(None, "Scale of the adapter times its rank; null takes twice the rank.", minimum=1)
@@ -208,6 +282,26 @@ class AdapterConfig:
     additional_target: tuple[str, ...] = key((), "Names of modules trained in full beside the adapter.")
     use_rslora: bool = key(False, "Scale the adapter by alpha over the root of the rank.")
     use_dora: bool = key(False, "Train direction and magnitude of the weights apart (DoRA).")
+    pissa_init: bool = key(
+        False, "Start the adapter from the principal components of the weights (PiSSA), saved as plain LoRA."
+    )
+    pissa_iter: int = key(
+        16, "Iterations of the fast decomposition for pissa_init; -1 decomposes exactly.", minimum=-1
+    )
+    loraplus_lr_ratio: float | None = key(
+        None, "Learning rate of the adapter's B over that of its A (LoRA+).", above=0
+    )
+    loraplus_lr_embedding: float = key(1e-6, "Learning rate of adapters on embeddings in LoRA+.", above=0)
+    freeze_trainable_layers: int = key(
+        2, "Layers that freeze trains, counted from the last; a negative number counts from the first."
+    )
+    freeze_trainable_modules: tuple[str, ...] = key(
+        ("all",), "Names of the modules of those layers that freeze trains; all takes every one."
+    )
+    freeze_extra_modules: tuple[str, ...] = key(
+        (), "Names of modules outside the layers that freeze trains too, such as lm_head."
+    )
+    pure_bf16: bool = key(False, "Hold and train every weight in bfloat16, without float32 copies.")
 
     def __post_init__(self) -> None:
         """Resolve `lora_alpha`."""
@@ -221,10 +315,31 @@ class OutputConfig:
 
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that holds an earlier run.")
     plot_loss: bool = key(False, "Draw the curves of loss and reward accuracy.")
-    sample_prompts: int = key(
-        0, "Held-out prompts answered by the reference and the tuned model at the end.", minimum=0
-    )
+    sample_prompts: int = key(0, "Held-out prompts answered before and after training.", minimum=0)
     sample_max_new_tokens: int = key(256, "Most tokens of each such answer.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `prefkit export` writes."""
+
+    export_dir: str | None = key(None, "Folder for the exported model, adapters merged into it.")
+    export_size: int = key(5, "Most gigabytes of one file of weights.", minimum=1)
+    export_device: str = key(
+        "cpu", "Where adapters are merged; auto takes an accelerator.", choices=("cpu", "auto")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How `prefkit chat` and `prefkit api` answer."""
+
+    do_sample: bool = key(True, "Draw tokens at random; false always takes the most likely one.")
+    temperature: float = key(0.95, "Divides the logits before drawing; 0 does not draw.", minimum=0)
+    top_p: float = key(0.7, "Draw from the most likely tokens of this total probability.", above=0, maximum=1)
+    top_k: int = key(50, "Draw from this many most likely tokens; 0 from all.", minimum=0)
+    repetition_penalty: float = key(1.0, "Divides the logits of tokens already there.", above=0)
+    max_new_tokens: int = key(1024, "Most tokens of one answer.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +349,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
-    adapter: AdapterConfig
+    reference: ReferenceConfig
+    tuning: TuningConfig
     output: OutputConfig
     training: dict[str, Any]
 
@@ -247,7 +363,8 @@ class RunConfig:
 
     def to_yaml_dict(self) -> dict[str, Any]:
         """The resolved config as flat YAML keys, without secrets; loading them gives an equal config."""
-        values = {name: self.value(name) for name, k in KEYS.items() if k.group != "training"} | self.training
+        own = {name: self.value(name) for name in keys_of(RunConfig) if KEYS[name].group != "training"}
+        values = own | self.training
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
@@ -255,12 +372,25 @@ class RunConfig:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """A model to export or to talk to."""
+
+    model: ModelConfig
+    data: DataConfig
+    export: ExportConfig
+    generation: GenerationConfig
+
+
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "method": MethodConfig,
-    "adapter": AdapterConfig,
+    "reference": ReferenceConfig,
+    "tuning": TuningConfig,
     "output": OutputConfig,
+    "export": ExportConfig,
+    "generation": GenerationConfig,
 }
 
 
@@ -319,3 +449,9 @@ KEYS: dict[str, Key] = {
     **_training_keys(),
     WARMUP_RATIO.name: WARMUP_RATIO,
 }
+
+
+def keys_of(config: type) -> list[str]:
+    """Names of the keys that a `RunConfig` or a `UseConfig` holds."""
+    groups = {field.name for field in dataclasses.fields(config)}
+    return [name for name, key in KEYS.items() if key.group in groups]

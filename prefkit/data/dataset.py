@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from prefkit.data.formats import Degenerate
 from prefkit.data.sources import DataError, Ledger, load_entries, load_examples
 from prefkit.data.template import ChatTemplate
 
-Track = Callable[[Sequence[Example], str], Sequence[Example]]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]  # (items, title) -> the items, shown as they go by
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def load_pairs(config: DataConfig, template: ChatTemplate, seed: int, track: Tra
     held_out = [row for part in rows[num_train:] for row in part]
     if config.val_size:
         train, held_out = _split(train, config.val_size, seed)
-    if not train:
+    if config.dataset and not train:
         raise DataError("no row is left to train on; " + "; ".join(_explain(ledger) for _, ledger in loaded))
     return Pairs(
         [example for example, _ in train],
@@ -57,7 +58,7 @@ def load_pairs(config: DataConfig, template: ChatTemplate, seed: int, track: Tra
 
 
 def _encode(
-    examples: Sequence[Example], template: ChatTemplate, cutoff_len: int, ledger: Ledger
+    examples: Iterable[Example], template: ChatTemplate, cutoff_len: int, ledger: Ledger
 ) -> list[tuple[TokenizedExample, str]]:
     rows = []
     for example in examples:

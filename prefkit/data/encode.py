@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from prefkit.data.examples import Example, Message
 from prefkit.data.formats import Degenerate
@@ -22,6 +25,17 @@ class TokenizedExample:
     pairs: list[tuple[int, int]]
     source: str
     truncated: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """A name for the token ids: two rows with equal ids have equal log-probs under any model."""
+        ids = json.dumps([self.prompt_ids, self.response_ids])
+        return hashlib.sha256(ids.encode()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all, the prompt counted once."""
+        return len(self.prompt_ids) + sum(map(len, self.response_ids))
 
 
 def encode_example(example: Example, template: ChatTemplate, cutoff_len: int) -> TokenizedExample:

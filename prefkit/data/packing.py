@@ -31,8 +31,8 @@ class PackedBatch:
 
     Of the response tokens, in order, `target` (T,) is the token id, `source` (T,) the flat position in
     (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
-    first token of every response. `pairs` (M, 2) has the index of chosen and rejected; `rows` names the
-    examples as `file:row`.
+    first token of every response. `pairs` (M, 2) has the index of chosen and rejected. Of each example,
+    `rows` has its name as `file:row`, `keys` the hash of its token ids, `num_targets` its response tokens.
     """
 
     input_ids: Tensor
@@ -44,6 +44,8 @@ class PackedBatch:
     owner: Tensor
     pairs: Tensor
     rows: tuple[str, ...]
+    keys: tuple[str, ...]
+    num_targets: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: the form that a data loader moves between devices."""
@@ -75,6 +77,8 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         owner=torch.tensor(owner),
         pairs=torch.tensor(pairs),
         rows=tuple(example.source for example in examples),
+        keys=tuple(example.key for example in examples),
+        num_targets=tuple(sum(map(len, example.response_ids)) for example in examples),
     )
 
 

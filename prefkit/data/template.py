@@ -7,6 +7,7 @@ the text is to be encoded in separate parts; elsewhere, as in a saved tokenizer,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,12 +82,30 @@ class ChatTemplate:
         return CONTROL_TOKENS[self.name][-1] if self.name and CONTROL_TOKENS[self.name] else None
 
     def install(self) -> None:
-        """Make the tokenizer carry this template, so that what is saved is what was trained."""
-        self.tokenizer.chat_template = self._source.replace("{{ border }}", "")
+        """Make the tokenizer carry this template with its thinking mode and default system message, so
+        that what is saved is what was trained, whoever reads it."""
+        self.tokenizer.chat_template = self._defaults() + self._source.replace("{{ border }}", "")
         if self.end_token:
             self.tokenizer.eos_token = self.end_token
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _defaults(self) -> str:
+        """Jinja that sets what this template was told, where its reader says nothing."""
+        flags = {"enable_thinking": bool(self.enable_thinking), "preserve_thinking": self.preserve_thinking}
+        usual = {"enable_thinking": True, "preserve_thinking": False}
+        lines = [
+            f"{{% if {name} is not defined %}}{{% set {name} = {str(value).lower()} %}}{{% endif %}}"
+            for name, value in flags.items()
+            if value != usual[name]
+        ]
+        if self.default_system:
+            system = f"{{'role': 'system', 'content': {json.dumps(self.default_system, ensure_ascii=False)}}}"
+            lines.append(
+                "{% if messages[0]['role'] != 'system' %}"
+                f"{{% set messages = [{system}] + messages %}}{{% endif %}}"
+            )
+        return "".join(line for line in lines if line not in self._source)
 
     def encode(
         self, prompt: Sequence[Message], responses: Sequence[str]

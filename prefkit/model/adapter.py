@@ -1,61 +1,307 @@
-"""Put a LoRA adapter on a model."""
+"""LoRA adapters: a new one, one to go on with, those to merge, and what can be wrong with them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import copy
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
-from prefkit.config.schema import AdapterConfig
-from prefkit.model.load import ModelError
+from prefkit.config.schema import ModelConfig, TuningConfig
+from prefkit.model.errors import ModelError
+from prefkit.model.load import num_rows
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-def add_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
+# Names of adapters within a model: the trained one, and a frozen copy of what it was at the start.
+TRAINED, INITIAL = "default", "initial"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False) -> PeftModel:
     """The model with a fresh adapter, whose weights are fp32 and alone trainable.
 
-    `lora_target: all` means every linear layer but the head. Raises `ModelError` when a target is not in
+    `lora_target: all` means every linear layer but the head. Where the vocabulary was `resized`, embedding
+    and head are trained along, since new rows know nothing. Raises `ModelError` when a target is not in
     the model.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    names = linear_names(model)
-    targets = sorted(names) if config.lora_target == ("all",) else list(config.lora_target)
+    targets = sorted(linear_names(model)) if config.lora_target == ("all",) else list(config.lora_target)
     modules = {name for full, _ in model.named_modules() for name in (full, full.rsplit(".", 1)[-1])}
     absent = [name for name in (*targets, *config.additional_target) if name not in modules]
     if absent:
         raise ModelError(
             f"lora_target/additional_target: no module named {', '.join(absent)}; "
-            f"linear layers here: {', '.join(sorted(names))}"
+            f"linear layers here: {', '.join(sorted(linear_names(model)))}"
         )
+    in_full = list(config.additional_target) or (_vocabulary_names(model) if resized else [])
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=list(config.additional_target) or None,
+        modules_to_save=in_full or None,
+        ensure_weight_tying=bool(in_full) and model.config.get_text_config().tie_word_embeddings,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        init_lora_weights=_initialisation(config),  # type: ignore[arg-type]
     )
     adapted = get_peft_model(model, lora)
     assert not isinstance(adapted, tuple)
     return adapted
 
 
-def base_of(model: PeftModel) -> PreTrainedModel:
-    """The model under the adapter."""
-    return cast("PreTrainedModel", model.get_base_model())
+def _initialisation(config: TuningConfig) -> bool | str:
+    if not config.pissa_init:
+        return True
+    return "pissa" if config.pissa_iter == -1 else f"pissa_niter_{config.pissa_iter}"
+
+
+def _vocabulary_names(model: PreTrainedModel) -> list[str]:
+    """Names of the embedding and of the head, the latter where it has weights of its own."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    wanted = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
+    return [
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is w for w in wanted)
+    ]
+
+
+def start_from_adapters(
+    model: PreTrainedModel, config: ModelConfig, create_new: bool
+) -> PreTrainedModel | PeftModel:
+    """The model with `adapter_name_or_path`: all merged but the last, which stays an adapter and is
+    trainable, unless a new one is to be created upon it. Raises `ModelError` for an unusable adapter."""
+    paths = list(config.adapter_name_or_path)
+    last = None if create_new or not paths else paths.pop()
+    merged = merge_adapters(model, paths, config)
+    return merged if last is None else load_adapter(merged, last, config, is_trainable=True)
+
+
+def merge_adapters(model: PreTrainedModel, paths: Sequence[str], config: ModelConfig) -> PreTrainedModel:
+    """The model with each adapter merged into its weights, in order."""
+    for path in paths:
+        adapted = load_adapter(model, path, config)
+        try:
+            model = cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
+        except ValueError as error:
+            raise ModelError(f"adapter_name_or_path: {path} cannot be merged: {error}") from error
+    return model
+
+
+def load_adapter(
+    model: PreTrainedModel, path: str, config: ModelConfig, is_trainable: bool = False
+) -> PeftModel:
+    """The model with the adapter of a folder or hub id.
+
+    Raises `ModelError` when files are missing, when ranks are not what its config says, and when it was
+    made for a model of other modules or sizes.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    folder = find_adapter(path, config)
+    lora = read_adapter_config(folder)
+    try:
+        shapes = _read_shapes(folder / _WEIGHTS)
+        _check_ranks(path, lora, shapes)
+        _fit_rows(model, shapes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
+            adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / _WEIGHTS} is damaged: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).split("\n") if "mismatch" in line), str(error))
+        raise ModelError(f"{path} is not an adapter of {model.name_or_path}: {reason}") from error
+    _check_complete(path, adapted, shapes)
+    return adapted
+
+
+def find_adapter(path: str, config: ModelConfig) -> Path:
+    """The folder of an adapter, fetched from the hub if it is not one here; it has both its files."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        folder = _download(path, config)
+    if not folder.is_dir():
+        raise ModelError(f"adapter_name_or_path: the folder {path} does not exist")
+    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        pickled = " (a pickle is not opened)" if (folder / "adapter_model.bin").is_file() else ""
+        raise ModelError(f"adapter_name_or_path: {path} has no {' and no '.join(missing)}{pickled}")
+    return folder
+
+
+def _download(path: str, config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path, cache_dir=config.cache_dir, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"adapter_name_or_path: {path} is no folder here, and the hub does not give it: {reason}"
+        ) from error
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The config of an adapter. Raises `ModelError` unless it is one of LoRA."""
+    from peft import LoraConfig
+
+    file = folder / _CONFIG
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = values.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(f"{file}: peft_type {kind} is not known here, only LORA")
+        # Through peft's own reader, which drops keys of newer versions.
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as tensors:
+        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _check_ranks(path: str, lora: LoraConfig, shapes: dict[str, list[int]]) -> None:
+    allowed = {lora.r, *(lora.rank_pattern or {}).values()}
+    for name, shape in shapes.items():
+        rank = (
+            shape[0] if ".lora_A." in name else shape[1] if ".lora_B." in name and len(shape) > 1 else lora.r
+        )
+        if rank not in allowed:
+            raise ModelError(f"{path}: {name} has rank {rank}, but {_CONFIG} says r: {lora.r}")
+
+
+def _fit_rows(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
+    """Resize the vocabulary to that of the embedding in the adapter; its rows replace the new ones."""
+    rows = [shape[0] for name, shape in shapes.items() if "embed" in name and "lora" not in name]
+    if rows and rows[0] > num_rows(model):
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _check_complete(path: str, adapted: PeftModel, shapes: dict[str, list[int]]) -> None:
+    """peft loads what fits and says nothing of the rest."""
+    from peft import get_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if surplus := sorted(set(shapes) - wanted):
+        raise ModelError(
+            f"{path} is not an adapter of {base_of(adapted).name_or_path}, which has no place for "
+            f"{surplus[0]} ({len(surplus)} such)"
+        )
+    if absent := sorted(wanted - set(shapes)):
+        raise ModelError(f"{path}: {_WEIGHTS} lacks {absent[0]} ({len(absent)} such)")
+
+
+def freeze_initial(policy: PeftModel) -> None:
+    """Put a frozen copy of the trained adapter, as it is now, beside it."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = copy.deepcopy(policy.peft_config[TRAINED])
+    config.init_lora_weights = False  # type: ignore[attr-defined]
+    config.inference_mode = True
+    state = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
+    policy.add_adapter(INITIAL, config)
+    set_peft_model_state_dict(policy, state, adapter_name=INITIAL)
+    policy.set_adapter(TRAINED)
+
+
+def save_as_plain_lora(policy: PeftModel, folder: Path) -> None:
+    """Write a PiSSA adapter as an ordinary one of twice the rank, upon the base as it was.
+
+    PiSSA trains A, B upon W - A0 B0, which nobody else has; [A, -A0] and [B, B0] say the same upon W.
+    Needs the frozen copy of `freeze_initial` for A0 and B0.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    now = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
+    then = get_peft_model_state_dict(policy, adapter_name=INITIAL, save_embedding_layers=False)
+    tensors = {}
+    for name, weights in now.items():
+        if ".lora_A." in name:
+            weights = torch.cat([weights, then[name]], 0)
+        elif ".lora_B." in name:
+            weights = torch.cat([weights, -then[name]], 1)
+        tensors[name] = weights.detach().cpu().contiguous()
+    config = copy.deepcopy(policy.peft_config[TRAINED])
+    # The scale is alpha / rank, and with rslora alpha / sqrt(rank).
+    factor = math.sqrt(2) if config.use_rslora else 2  # type: ignore[attr-defined]
+    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor  # type: ignore[attr-defined]
+    config.init_lora_weights, config.inference_mode = True, True  # type: ignore[attr-defined]
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+
+
+@contextmanager
+def initial_adapter(policy: PeftModel) -> Iterator[None]:
+    """The frozen copy in place of the trained adapter within the block."""
+    policy.set_adapter(INITIAL, inference_mode=True)
+    try:
+        yield
+    finally:
+        policy.set_adapter(TRAINED)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model under the adapter, if there is one."""
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def linear_names(model: PreTrainedModel) -> set[str]:
-    """Last part of the name of each linear layer, the head left out."""
+    """Last part of the name of each linear layer, the head left out.
+
+    Left out is also what peft cannot adapt: the projections of a Mamba layer whose kernels read
+    weights past the forward; routers; and beside experts that are one tensor the dense layers of the same
+    name, which peft takes for those. What is left out is logged.
+    """
     head = model.get_output_embeddings()
-    return {
+    names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and _is_plain(module)
     }
+    refused = set()
+    if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
+        refused |= names & {"out_proj", "dt_proj"}
+    if any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
+        logger.warning(
+            "lora_target: all leaves the experts without an adapter; finetuning_type: freeze or full trains them"
+        )
+        refused |= names & {"gate_proj", "up_proj", "down_proj"}
+    if refused:
+        logger.warning(
+            "lora_target: all leaves out %s, which peft cannot adapt here", ", ".join(sorted(refused))
+        )
+    return names - refused
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer returns its product and nothing else, as some routers do."""
+    return type(module).__module__.startswith(("torch.", "bitsandbytes."))

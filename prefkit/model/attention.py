@@ -1,27 +1,34 @@
-"""Attention under a shared prompt, registered with transformers as the implementation `prefkit_shared`.
+"""Attention under a shared prompt, registered with transformers as implementations `prefkit_shared...`.
 
 A token sees its own prompt and its own response, causally. Three ways compute the same: a loop over
 segments with scaled-dot-product attention (CPU), flash attention over ragged sequences, and
 FlexAttention (CUDA, with and without the flash-attn package). The first two hold no mask of the whole row;
-FlexAttention keeps one of blocks.
+FlexAttention keeps one of blocks. All of them cap the scores where the model does (`softcap`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from prefkit.data.packing import Segments
+from prefkit.model.errors import ModelError
 
 NAME = "prefkit_shared"
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, float | None], Tensor]
+# Keyword arguments that models pass along and that mean nothing to attention.
+_HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"}
+# The attribute of a model that remembers its own implementation.
+_PLAIN = "_prefkit_plain_implementation"
 
 
 def shared_prompt_attention(
@@ -33,54 +40,128 @@ def shared_prompt_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments = (),
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    *,
+    kernel: Kernel,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer.
 
-    query (1, heads, L, D), key and value (1, kv_heads, L, D); returns (1, L, heads, D).
-    Raises `RuntimeError` when no segments reached it or dropout or a mask did.
+    query (1, heads, L, D), key (1, kv_heads, L, D), value (1, kv_heads, L, E); returns (1, L, heads, E).
+    Raises `RuntimeError` when no segments reached it, and when a mask, dropout, a window shorter than a
+    sequence or anything else did that would change the result.
     """
     if not segments or attention_mask is not None or dropout:
         raise RuntimeError("shared-prompt attention needs segments, and takes neither mask nor dropout")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise RuntimeError("shared-prompt attention is causal, and the model's is not")
+    given = [name for name, it in kwargs.items() if it is not None and it is not False]
+    if unknown := [name for name in given if name not in _HARMLESS]:
+        raise RuntimeError(f"shared-prompt attention cannot honour {', '.join(unknown)}")
+    window = _shortest_window(module, sliding_window)
+    if window is not None and _longest_sequence(segments) > window:
+        raise RuntimeError(
+            f"shared-prompt attention: a sequence is longer than the window of {window} tokens"
+        )
+    return kernel(query, key, value, segments, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
+def _shortest_window(module: torch.nn.Module, given: int | None) -> int | None:
+    """The window that the model passed, or that its layer or config has."""
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    windows = (given, getattr(module, "sliding_window", None), chunk)
+    return min((size for size in windows if size is not None), default=None)
+
+
+@lru_cache(maxsize=4)
+def _longest_sequence(segments: Segments) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    return max(end - start + last - first for start, end, responses in segments for first, last in responses)
+
+
+def fitting_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The fastest of the three that device and dtype allow. (1, heads, L, E)."""
+    attend = segment_attention
     if query.is_cuda:
         has_flash = importlib.util.find_spec("flash_attn") is not None
         half = query.dtype in (torch.float16, torch.bfloat16)
         attend = flash_attention if has_flash and half else flex_attention
-    else:
-        attend = segment_attention
-    return attend(query, key, value, segments, scaling).transpose(1, 2).contiguous(), None
+    return attend(query, key, value, segments, scaling, softcap)
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One call for each prompt with its first response, which are one causal sequence, and one for each
-    further response, whose queries see the prompt and, causally, themselves. (1, heads, L, D)."""
+    further response, whose queries see the prompt and, causally, themselves. (1, heads, L, E)."""
     outputs = []
     for start, end, responses in segments:
-        first_end = responses[0][1]
-        whole = slice(start, first_end)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, whole],
-                key[:, :, whole],
-                value[:, :, whole],
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
+        whole = slice(start, responses[0][1])
+        outputs.append(_attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], scaling, softcap))
         for first, last in responses[1:]:
             keys, values = (
                 torch.cat([states[:, :, start:end], states[:, :, first:last]], 2) for states in (key, value)
             )
-            mask = _lower_right_mask(last - first, end - start, query.device)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, first:last], keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
-                )
-            )
+            outputs.append(_attend(query[:, :, first:last], keys, values, scaling, softcap))
     return torch.cat(outputs, 2)
+
+
+def math_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`segment_attention` without fused kernels. (1, heads, L, E)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return segment_attention(query, key, value, segments, scaling, softcap)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of the last tokens among the keys, (1, heads, queries, E)."""
+    num_queries = query.shape[2]
+    num_before = key.shape[2] - num_queries
+    if softcap is not None:
+        mask = _lower_right_mask(num_queries, num_before, query.device)
+        return _capped_attention(query, key, value, mask, scaling, softcap)
+    if not num_before:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    mask = _lower_right_mask(num_queries, num_before, query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
+    """softmax(softcap * tanh(scores / softcap)) @ value in plain steps, as torch has no kernel for it.
+
+    Scores in the dtype of the query and a softmax in fp32, as in the models' own eager attention.
+    """
+    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
 
 
 @lru_cache(maxsize=32)
@@ -91,17 +172,24 @@ def _lower_right_mask(num_queries: int, num_before: int, device: torch.device) -
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same through `flash_attn_varlen_func`, whose causal mask is aligned to the lower right.
 
     Queries are the row as it is; the keys of each further response are its prompt's, gathered again, and
-    its own. (1, heads, L, D).
+    its own. Values narrower than the keys are padded, since the kernel wants one width. (1, heads, L, E).
     """
     from flash_attn import flash_attn_varlen_func
 
     gather, query_ends, key_ends, longest = _ragged(segments, query.device)
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    width = value.shape[-1]
+    padded = F.pad(value, (0, query.shape[-1] - width))
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, padded))
     output: Tensor = flash_attn_varlen_func(
         q.contiguous(),
         k[gather],
@@ -112,8 +200,9 @@ def flash_attention(
         max_seqlen_k=longest,
         softmax_scale=scaling,
         causal=True,
+        softcap=softcap or 0.0,  # 0 is none
     )
-    return output.transpose(0, 1)[None]
+    return output[..., :width].transpose(0, 1)[None]
 
 
 @lru_cache(maxsize=4)
@@ -136,16 +225,37 @@ def _ragged(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """The same through FlexAttention with a block mask, for CUDA without flash-attn. (1, heads, L, D)."""
+    """The same through FlexAttention with a block mask, for CUDA without flash-attn. (1, heads, L, E)."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     attend = torch.compile(flex) if query.is_cuda else flex
     output: Tensor = attend(
-        query, key, value, block_mask=_block_mask(segments, query.device), scale=scaling, enable_gqa=True
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _capping(softcap),
+        block_mask=_block_mask(segments, query.device),
+        scale=scaling,
+        enable_gqa=True,
     )
     return output
+
+
+@lru_cache(maxsize=4)
+def _capping(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """One function for each cap, since another function is another kernel to compile."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @lru_cache(maxsize=4)
@@ -173,21 +283,54 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """No mask is built: the segments say who sees whom."""
 
 
-def use_shared_prompts(model: PreTrainedModel) -> None:
-    """Make the model compute attention by `segments`, a keyword argument of its forward."""
-    AttentionInterface.register(NAME, shared_prompt_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    model.set_attn_implementation(NAME)
+# Of each value of `flash_attn`: the name under which transformers knows our attention, and what computes it.
+# Transformers looks for sdpa, flash and flex_attention in a name: ours must contain none of them.
+_KERNELS: dict[str, tuple[str, Kernel]] = {
+    "auto": (NAME, fitting_attention),
+    "sdpa": (f"{NAME}_loop", segment_attention),
+    "disabled": (f"{NAME}_math", math_attention),
+    "fa2": (f"{NAME}_fa2", flash_attention),
+}
+_IMPLEMENTATIONS = {"auto": None, "sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
+
+
+def plain_implementation(flash_attn: str) -> str | None:
+    """The `attn_implementation` that the model itself is loaded with; None leaves the choice to transformers.
+
+    Raises `ModelError` when flash-attn is asked for and not installed.
+
+    >>> plain_implementation("disabled")
+    'eager'
+    """
+    if flash_attn == "fa2" and importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(
+            "flash_attn: fa2 needs the package flash-attn: pip install flash-attn, or write flash_attn: auto"
+        )
+    return _IMPLEMENTATIONS[flash_attn]
+
+
+def use_shared_prompts(model: PreTrainedModel, flash_attn: str = "auto") -> None:
+    """Make the model compute attention by `segments`, a keyword argument of its forward.
+
+    `flash_attn` chooses the kernel: `auto` the fastest there is, `sdpa` the loop over segments, `disabled`
+    the same without fused kernels, `fa2` flash-attn.
+    """
+    name, kernel = _KERNELS[flash_attn]
+    AttentionInterface.register(name, partial(shared_prompt_attention, kernel=kernel))
+    AttentionMaskInterface.register(name, _no_mask)
+    before = model.config._attn_implementation
+    if not before.startswith(NAME):
+        setattr(model, _PLAIN, before)
+    model.set_attn_implementation(name)
 
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Ordinary attention within the block, for generation."""
+    """The attention that the model had of its own within the block, for generation."""
     before = model.config._attn_implementation
-    if before == NAME:
-        model.set_attn_implementation("sdpa")
+    if before.startswith(NAME):
+        model.set_attn_implementation(getattr(model, _PLAIN))
     try:
         yield
     finally:
-        if before == NAME:
-            model.set_attn_implementation(NAME)
+        model.set_attn_implementation(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,11 +13,12 @@ from prefkit.model.attention import plain_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def generate_responses(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     template: ChatTemplate,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
@@ -39,7 +40,7 @@ def generate_responses(
             for row, prompt in enumerate(batch):
                 ids[row, length - len(prompt) :] = torch.tensor(prompt)
                 mask[row, length - len(prompt) :] = 1
-            output = model.generate(
+            output = cast("Any", model).generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 max_new_tokens=max_new_tokens,
@@ -55,7 +56,7 @@ def generate_responses(
     return [response.strip() for response in responses]
 
 
-def stop_ids(model: PeftModel, template: ChatTemplate) -> list[int]:
+def stop_ids(model: PreTrainedModel | PeftModel, template: ChatTemplate) -> list[int]:
     """Tokens that end a response: the template's, the tokenizer's and the model's own."""
     own = base_of(model).generation_config.eos_token_id
     ids = {template.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}

@@ -2,60 +2,167 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig
+from prefkit.model.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
 logger = logging.getLogger(__name__)
 
 
-class ModelError(UserError):
-    """A model that cannot be read; the message says which and what to do."""
-
-
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model. Raises `ModelError` when it is not there."""
+    """The tokenizer, with `add_tokens` and `add_special_tokens`: that of the last adapter, which may know
+    tokens that the model does not, else of the model. Raises `ModelError` when there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, config)
+    own = [path for path in config.adapter_name_or_path if Path(path, "tokenizer_config.json").is_file()]
+    tokenizer: PreTrainedTokenizerBase
+    if own:
+        tokenizer = AutoTokenizer.from_pretrained(own[-1], trust_remote_code=config.trust_remote_code)
+    else:
+        tokenizer = _from_pretrained(AutoTokenizer, config)
+    tokenizer.add_tokens(list(config.add_tokens))
+    tokenizer.add_tokens(list(config.add_special_tokens), special_tokens=True)
     return tokenizer
 
 
-def load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+def load_causal_lm(config: ModelConfig, max_length: int = 0, bits: int | None = None) -> PreTrainedModel:
     """The model, in the dtype of its checkpoint unless `dtype` says otherwise, its own dropout off.
 
     Log-ratios of policy and reference are to differ by training alone, so nothing in the base model may
-    be random. Raises `ModelError` when it is not there, or has only pickled weights.
+    be random. `max_length` is what `rope_scaling` stretches the model to; `bits` quantise its weights.
+    Raises `ModelError` when it is not there, has only pickled weights, or cannot be run as asked.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prefkit.model.attention import plain_implementation
 
     dtype = DTYPES.get(config.dtype, "auto")
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if implementation := plain_implementation(config.flash_attn):
+        options["attn_implementation"] = implementation
+    if config.rope_scaling:
+        options["config"] = stretch_positions(_from_pretrained(AutoConfig, config), config, max_length)
+    if bits is not None:
+        options["quantization_config"] = _quantization(config, bits)
+        options["device_map"] = {"": torch.accelerator.current_accelerator() or torch.device("cpu")}
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.trust_remote_code and type(model).__module__.startswith("transformers_modules"):
         logger.warning("trust_remote_code: the model runs code of its own, %s", type(model).__module__)
     turn_off_dropout(model)
     return model
 
 
-def _from_pretrained(auto_class: Any, config: ModelConfig, **kwargs: Any) -> Any:
+def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -> Any:
+    """The model's config, its rotary angles scaled so that `max_length` positions fit.
+
+    The factor is the smallest whole number that suffices. Where they fit already nothing changes, which is
+    logged. Raises `ModelError` for a model without rotary angles, or with scaled ones.
+    """
+    known = model_config.max_position_embeddings
+    if max_length <= known:
+        logger.warning(
+            "rope_scaling: not used, cutoff_len %d fits the model's %d positions", max_length, known
+        )
+        return model_config
+    rope = getattr(model_config, "rope_parameters", None)
+    if not rope or "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        kind = (rope or {}).get("rope_type", "none of one kind")
+        raise ModelError(f"rope_scaling: the model's rotary angles are {kind} already, and not scaled again")
+    factor = float(math.ceil(max_length / known))
+    scaled = {**rope, "rope_type": config.rope_scaling, "factor": factor}
+    if config.rope_scaling != "linear":
+        scaled["original_max_position_embeddings"] = known
+    if config.rope_scaling == "llama3":
+        scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model_config.rope_parameters = scaled
+    model_config.max_position_embeddings = int(known * factor)
+    logger.warning(
+        "rope_scaling: %s by %g, from %d to %d positions", config.rope_scaling, factor, known, known * factor
+    )
+    return model_config
+
+
+def _quantization(config: ModelConfig, bits: int) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("quantization_bit: bitsandbytes is not installed: pip install 'prefkit[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization_type,
+        bnb_4bit_use_double_quant=config.double_quantization,
+        bnb_4bit_compute_dtype=DTYPES.get(config.dtype, torch.bfloat16),
+    )
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> bool:
+    """Give every token of the tokenizer a row in the model; says whether rows were added.
+
+    New rows are drawn around the mean of the others. Raises `ModelError` when rows are missing and
+    `resize_vocab` is off.
+    """
+    rows = num_rows(model)
+    if len(tokenizer) <= rows:
+        return False
+    wanted = config.resize_vocab or config.add_tokens or config.add_special_tokens
+    if not (wanted or config.adapter_name_or_path):  # an adapter brings the rows of its tokens
+        raise ModelError(
+            f"{config.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model {rows} "
+            "rows: write resize_vocab: true"
+        )
+    model.resize_token_embeddings(len(tokenizer))
+    return True
+
+
+def num_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding: token ids that the model takes."""
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+
+
+def find_model(config: ModelConfig) -> Path:
+    """The folder with the model's weights, fetched from the hub if it is not one here."""
+    from huggingface_hub import snapshot_download
+
+    if _looks_local(config.model_name_or_path):
+        return Path(config.model_name_or_path).expanduser()
+    try:
+        wanted = ["*.json", "*.safetensors"]
+        name, revision = config.model_name_or_path, config.model_revision
+        return Path(
+            snapshot_download(name, revision=revision, cache_dir=config.cache_dir, allow_patterns=wanted)
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {config.model_name_or_path}: {error}") from error
+
+
+def _looks_local(path: str) -> bool:
+    return (
+        path.startswith((".", "/", "~"))
+        or Path(path).expanduser().exists()
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    )
+
+
+def _from_pretrained(auto_class: Any, config: ModelConfig, /, **kwargs: Any) -> Any:
     path = config.model_name_or_path
     folder = Path(path).expanduser()
-    looks_local = (
-        path.startswith((".", "/", "~")) or folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-    )
+    looks_local = _looks_local(path)
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ModelError(f"model_name_or_path: the folder {path} {what}.")
@@ -67,17 +174,20 @@ def _from_pretrained(auto_class: Any, config: ModelConfig, **kwargs: Any) -> Any
             trust_remote_code=config.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "attn_implementation" in kwargs and "attention" in reason.lower():
+            raise ModelError(f"flash_attn: {config.flash_attn} is not for this model: {reason}") from error
         where = "" if looks_local else " (not a folder here, so looked for on the Hugging Face hub)"
         raise ModelError(f"model_name_or_path: cannot read {path}{where}: {reason}") from error
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set every dropout rate in the model to zero: modules and the rates that attention layers keep."""
+    """Set whatever makes the model random to zero: dropout modules, the rates that attention layers keep,
+    the noise of routers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name == "jitter_noise") and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -6,6 +6,9 @@ FSDP see an ordinary call. Without a packed batch the model behaves as before.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefkit.config.errors import UserError
 from prefkit.model.architecture import Architecture
 from prefkit.objectives.head import LogitTransform, chunk_size, frozen_token_logps, token_logps
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
@@ -22,13 +26,21 @@ from prefkit.objectives.logps import ResponseLogps, sum_by_response
 _FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "source", "target")
 
 
-def attach_logps_forward(model: PreTrainedModel, architecture: Architecture) -> None:
+def attach_logps_forward(
+    model: PreTrainedModel, architecture: Architecture, router_loss: bool = False
+) -> None:
     """Give the model a forward that returns `{"token_logps": (T,)}` when called with `source` and `target`.
 
-    Call it after adapters are in place: PEFT replaces modules, the head among them.
+    With `router_loss` it returns also `"router_loss"`, (), while the model trains: the load-balancing loss of
+    its experts over the tokens of the batch as they lie in it, padding left out.
+
+    Call it after adapters are in place: PEFT replaces modules, the head among them. Raises `ValueError` when
+    the model has no router loss.
     """
+    if router_loss and not has_router_loss(model):
+        raise ValueError(f"{architecture.name} has no load-balancing loss of its experts")
     if architecture.logits is None:
-        model.forward = MethodType(_own_forward, model)
+        model.forward = MethodType(partial(_own_forward, router_loss=router_loss), model)
         return
     head = model.get_output_embeddings()
     # Not a captured bound method: a copy of the model must call its own class's forward.
@@ -40,7 +52,19 @@ def attach_logps_forward(model: PreTrainedModel, architecture: Architecture) -> 
         ),
         head,
     )
-    model.forward = MethodType(_chunked_forward, model)
+    balance = _load_balancing(model) if router_loss else None
+    model.forward = MethodType(partial(_chunked_forward, balance=balance), model)
+
+
+def has_router_loss(model: PreTrainedModel) -> bool:
+    """Whether the model, without what wraps it, has experts and a load-balancing loss for them."""
+    return _load_balancing(model) is not None and getattr(model, "num_experts", 0) > 1
+
+
+def _load_balancing(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """The function (router logits of all layers, experts, experts of a token, mask) -> loss that the
+    architecture's own module defines."""
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
 
 
 def _chunked_forward(
@@ -48,14 +72,33 @@ def _chunked_forward(
     *args: Any,
     source: Tensor | None = None,
     target: Tensor | None = None,
+    balance: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
     if source is None:
         return type(self).forward(self, *args, **kwargs)
-    decoder = getattr(self, self.base_model_prefix)
-    hidden = decoder(*args, use_cache=False, **_without_none(kwargs)).last_hidden_state
+    kwargs = _without_none(kwargs)
+    if not (self.training and torch.is_grad_enabled()):
+        balance = None
+    routers = {} if balance is None else {"output_router_logits": True}
+    output = self.model(*args, use_cache=False, **kwargs, **routers)
     # One call of the head for the whole batch: ZeRO-3 gathers its weights once, however many chunks.
-    return {"token_logps": self.get_output_embeddings()(hidden.flatten(0, 1)[source], target)}
+    hidden = output.last_hidden_state.flatten(0, 1)[source]
+    found = {"token_logps": self.get_output_embeddings()(hidden, target)}
+    if balance is not None:
+        mask = kwargs.get("attention_mask")
+        loss = balance(output.router_logits, self.num_experts, self.num_experts_per_tok, mask)
+        found["router_loss"] = _with_gradient(loss)
+    return found
+
+
+def _with_gradient(router_loss: Tensor) -> Tensor:
+    if not router_loss.requires_grad:
+        raise UserError(
+            "moe_aux_loss_coef: the loss of the routers has no gradient: nothing they depend on is trained, "
+            "or gradient checkpointing is reentrant (gradient_checkpointing_kwargs: {use_reentrant: false})"
+        )
+    return router_loss
 
 
 def _head_forward(
@@ -81,14 +124,20 @@ def _own_forward(
     *args: Any,
     source: Tensor | None = None,
     target: Tensor | None = None,
+    router_loss: bool = False,
     **kwargs: Any,
 ) -> Any:
     """For a head that is not known: the model's own logits, of every position."""
     if source is None or target is None:
         return type(self).forward(self, *args, **kwargs)
-    logits = type(self).forward(self, *args, use_cache=False, **_without_none(kwargs)).logits
-    logits = logits.flatten(0, 1)[source].float()
-    return {"token_logps": logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)}
+    balanced = router_loss and self.training and torch.is_grad_enabled()
+    routers = {"output_router_logits": True} if balanced else {}
+    output = type(self).forward(self, *args, use_cache=False, **_without_none(kwargs), **routers)
+    logits = output.logits.flatten(0, 1)[source].float()
+    found = {"token_logps": logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)}
+    if balanced:
+        found["router_loss"] = _with_gradient(output.aux_loss)
+    return found
 
 
 def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +150,9 @@ def response_logps(model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
     Raises `TypeError` when something on the way took precision from them: they are fp32 whatever the
     model's dtype.
     """
-    token_logps: Tensor = model(**{key: batch[key] for key in _FORWARD_KEYS})["token_logps"]
+    found: dict[str, Tensor] = model(**{key: batch[key] for key in _FORWARD_KEYS})
+    token_logps = found["token_logps"]
     if token_logps.dtype != torch.float32:
         raise TypeError(f"log-probs arrived as {token_logps.dtype}; a wrapper cast the model's output")
-    return sum_by_response(token_logps, batch["owner"], batch["pairs"].numel())
+    responses = sum_by_response(token_logps, batch["owner"], batch["pairs"].numel())
+    return replace(responses, router_loss=found.get("router_loss"))

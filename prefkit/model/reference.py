@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from prefkit.model.adapter import base_of
+from prefkit.model.adapter import base_of, initial_adapter
 from prefkit.model.policy import response_logps
 from prefkit.objectives.logps import ResponseLogps
 
@@ -33,10 +35,9 @@ class Reference(Protocol):
 class AdapterOff:
     """The policy's own base weights, read with the adapter switched off: no second copy in memory."""
 
-    is_initial_policy = True
-
-    def __init__(self, policy: PeftModel) -> None:
+    def __init__(self, policy: PeftModel, is_initial_policy: bool = True) -> None:
         self.policy = policy
+        self.is_initial_policy = is_initial_policy
 
     def describe(self) -> str:
         """Which weights the reference is, in words for the log."""
@@ -47,3 +48,47 @@ class AdapterOff:
         """Log-probs of the batch's responses, without gradient, through the wrapped `model`."""
         with torch.no_grad(), self.policy.disable_adapter():
             return response_logps(model, batch)
+
+
+class InitialAdapter:
+    """A frozen copy of the adapter that training goes on from, upon the policy's own base weights."""
+
+    is_initial_policy = True
+
+    def __init__(self, policy: PeftModel, name: str) -> None:
+        self.policy = policy
+        self.name = name
+
+    def describe(self) -> str:
+        """Which weights the reference is, in words for the log."""
+        return f"{base_of(self.policy).name_or_path} with a frozen copy of {self.name}"
+
+    def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
+        """Log-probs of the batch's responses, without gradient, through the wrapped `model`."""
+        with torch.no_grad(), initial_adapter(self.policy):
+            return response_logps(model, batch)
+
+
+class FrozenModel:
+    """Another model in memory; `autocast` is the mixed precision that the policy's forward has."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        is_initial_policy: bool,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.name = name
+        self.is_initial_policy = is_initial_policy
+        self.autocast = autocast
+
+    def describe(self) -> str:
+        """Which weights the reference is, in words for the log."""
+        return f"{self.name} (a second model in memory)"
+
+    def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
+        """Log-probs of the batch's responses, without gradient; the policy is not read."""
+        with torch.no_grad(), self.autocast():
+            return response_logps(self.model, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ class ResponseLogps:
     """Log-probs of N responses with T tokens in all.
 
     `token_logps` (T,) is the log-prob of each response token in nats, `owner` (T,) the response it
-    belongs to, in order; `logps` (N,) are the sums, `lengths` (N,) the token counts.
+    belongs to, in order; `logps` (N,) are the sums, `lengths` (N,) the token counts. `router_loss` () is the
+    load-balancing loss of a mixture of experts, where one was asked for.
     """
 
     token_logps: Tensor
     owner: Tensor
     logps: Tensor
     lengths: Tensor
+    router_loss: Tensor | None = None
 
     @property
     def mean_logps(self) -> Tensor:
@@ -84,4 +86,5 @@ def desensitize_length(responses: ResponseLogps, pairs: Tensor, alpha: float) ->
     owner = responses.owner
     position = torch.arange(len(owner), device=owner.device) - starts[owner]
     weights = torch.ones_like(responses.token_logps).masked_fill(position >= shared[owner], alpha)
-    return sum_by_response(responses.token_logps * weights, owner, len(lengths))
+    weighted = sum_by_response(responses.token_logps * weights, owner, len(lengths))
+    return replace(weighted, router_loss=responses.router_loss)

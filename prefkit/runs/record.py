@@ -10,7 +10,7 @@ from typing import Any
 from prefkit import __version__
 from prefkit.config import RunConfig, dump_yaml, load_config
 from prefkit.config.errors import UserError
-from prefkit.config.schema import KEYS
+from prefkit.config.schema import keys_of
 
 RECORD_FILE, CONFIG_FILE = "prefkit.json", "config.yaml"
 # Keys that may differ between a run and its resumption: they change neither weights nor metrics.
@@ -48,22 +48,47 @@ def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None
     _replace(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_model_card(folder: Path, base_model: str, facts: str) -> None:
-    """Write `README.md`: what the adapter is, and how to load it."""
+def merged_adapters(config: RunConfig) -> list[str]:
+    """Adapters that are part of the model under the trained adapter."""
+    paths = list(config.model.adapter_name_or_path)
+    return paths if config.tuning.create_new_adapter else paths[:-1]
+
+
+def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool) -> None:
+    """Write `README.md`: what the adapter or model is, and how to load it."""
+    what, reader = (
+        ("A LoRA adapter of", "peft import AutoPeftModelForCausalLM as Model")
+        if is_adapter
+        else ("Tuned from", "transformers import AutoModelForCausalLM as Model")
+    )
     _replace(
         folder / "README.md",
         f"""---
 base_model: {json.dumps(base_model)}
-library_name: peft
+library_name: {"peft" if is_adapter else "transformers"}
 ---
 
-A LoRA adapter of {base_model}, trained by prefkit {__version__}: {facts}. The config is in
+{what} {base_model}, trained by prefkit {__version__}: {facts}. The config is in
 `{CONFIG_FILE}`, the data and versions in `{RECORD_FILE}`.
 
-    from peft import AutoPeftModelForCausalLM
-    model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+    from {reader}
+    model = Model.from_pretrained("path/to/this/folder")
 """,
     )
+
+
+def check_weights(folder: Path, weights: dict[str, str]) -> None:
+    """Compare the models that a run goes on with with those that it began with, by fingerprint.
+
+    Raises `UserError` when one has changed since.
+    """
+    before = (read_record(folder) or {}).get("fingerprints", {})
+    changed = [path for path, found in weights.items() if before.get(path, found) != found]
+    if changed:
+        raise UserError(
+            f"{' and '.join(changed)} changed since the run in {folder} began, and a resumed run would be "
+            "another. Restore the old weights, or write overwrite_output_dir: true to start afresh."
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -86,7 +111,7 @@ def changed_keys(folder: Path, config: RunConfig) -> list[str]:
     before = load_config(folder / CONFIG_FILE).config
     return [
         f"{key}: {before.value(key)} -> {config.value(key)}"
-        for key in KEYS
+        for key in keys_of(RunConfig)
         if before.value(key) != config.value(key) and key not in _HARMLESS
     ]
 

@@ -1,4 +1,4 @@
-"""What a running training shows and writes: a progress bar and `trainer_log.jsonl`."""
+"""What accompanies a training: progress bar, `trainer_log.jsonl`, reference cache, an early end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefkit.model.ref_cache import LogpsStore
 
 if TYPE_CHECKING:
     from prefkit.train.trainer import PrefTrainer
@@ -32,6 +35,9 @@ _LOG_KEYS = {
 
 class LogFile(TrainerCallback):
     """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation."""
+
+    def __init__(self) -> None:
+        self.started, self.first_step = time.time(), 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,3 +144,72 @@ def _numbers(values: dict[str, float], prefix: str = "") -> str:
     names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
     shown = {label: values.get(prefix + name) for label, name in names.items()}
     return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the training after `patience` evaluations in a row without a better metric.
+
+    It counts in the log, which a checkpoint holds, so that a resumed run ends where the other would.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the evaluations since the best."""
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        is_greater_better = args.greater_is_better
+        if is_greater_better is None:
+            is_greater_better = not name.endswith("loss")
+        values = [
+            line[name] if is_greater_better else -line[name] for line in state.log_history if name in line
+        ]
+        since_best = len(values) - 1 - values.index(max(values))
+        if since_best >= self.patience:
+            control.should_training_stop = True
+
+
+class KeepReferenceLogps(TrainerCallback):
+    """Writes the log-probs that the reference cache has gathered, and reads those of other processes."""
+
+    def __init__(self, store: LogpsStore) -> None:
+        self.store = store
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write, so that a run that goes on from here need not compute them again."""
+        self.store.flush()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write, and read what the other processes have written: rows change places with the epoch."""
+        self.store.flush()
+        PartialState().wait_for_everyone()
+        self.store.refresh()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the held-out rows too."""
+        self.store.flush()
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write the held-out rows too."""
+        self.store.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write."""
+        self.store.flush()

@@ -39,6 +39,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from prefkit.config.errors import UserError
+from prefkit.model.adapter import TRAINED
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +305,12 @@ class PickleFreeCheckpoints(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, (PreTrainedModel, PeftModel)):
+        if isinstance(model, PeftModel):
+            # The trained adapter alone, not the frozen copy of it that may stand beside it.
+            model.save_pretrained(
+                str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=state_dict
+            )
+        elif isinstance(model, PreTrainedModel):
             model.save_pretrained(str(folder), state_dict=state_dict)
         else:
             save_file(state_dict or model.state_dict(), folder / "model.safetensors", {"format": "pt"})
@@ -389,6 +395,20 @@ class PickleFreeCheckpoints(Trainer):
         self._load_rng_state(self._resume_from)  # not done yet if there was no step left to take
         return super()._finalize_training(trial, num_train_samples, self._started)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint. Raises CheckpointError unless every one of them is there."""
+        model = self.accelerator.unwrap_model(model or self.model)
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with _blame(Path(resume_from_checkpoint) / "model.safetensors"):
+            # Through the model's own reader, which knows where names in the file differ from names in memory.
+            # fp32 holds every dtype in use exactly.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            model.load_state_dict(saved.state_dict())
+
     def _load_best_model(self) -> None:
-        verify_checkpoint(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        verify_checkpoint(best)
+        logger.info("Loading the best model, %s", best)
+        self._load_from_checkpoint(best)

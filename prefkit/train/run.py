@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
@@ -15,29 +14,27 @@ from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import Pairs, load_pairs
-from prefkit.data.packing import Layout
 from prefkit.data.sources import DataError
 from prefkit.data.template import ChatTemplate
-from prefkit.model.adapter import add_lora, base_of
-from prefkit.model.architecture import read_architecture
-from prefkit.model.attention import use_shared_prompts
+from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
-from prefkit.model.load import load_causal_lm, load_tokenizer
-from prefkit.model.policy import attach_logps_forward
-from prefkit.model.reference import AdapterOff
-from prefkit.objectives.pairwise import LOSSES
+from prefkit.model.load import load_tokenizer
+from prefkit.model.probe import make_probe, write_probe
+from prefkit.model.ref_cache import CachedReference
+from prefkit.model.reference import Reference
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import write_model_card, write_record
+from prefkit.runs.record import check_weights, merged_adapters, write_model_card, write_record
 from prefkit.runs.report import print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.arguments import make_training_arguments
-from prefkit.train.callbacks import LogFile, ProgressBar
+from prefkit.train.callbacks import EarlyStopping, KeepReferenceLogps, LogFile, ProgressBar
 from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.policy import Policy, build_policy
+from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import TrainingArguments
 
 _SHOWN_SAMPLES = 3
@@ -65,18 +62,27 @@ def train(config: RunConfig, console: Console) -> None:
         preserve_thinking=config.data.preserve_thinking,
     )
     template.install()
-    pairs = load_pairs(config.data, template, args.seed, _tracker(console))
+    tracker = _tracker(console)
+    pairs = load_pairs(config.data, template, args.seed, tracker)
     print_ledger(console, pairs.ledgers, len(pairs.train), len(pairs.held_out))
-    model, layout = _build_model(config, args, console)
-    trainer = _build_trainer(config, args, model, layout, pairs, template, folder, console)
-    run = Run(config, folder, trainer, model, template, pairs, console)
+    policy = build_policy(config, args, tokenizer, console.print)
+    weights = fingerprints(config)
+    if folder.checkpoint is not None:
+        check_weights(folder.path, weights)
+    reference = ReferenceBuilder(
+        config, args, policy, tokenizer, pairs, weights, console.print, tracker
+    ).build()
+    trainer = _build_trainer(config, args, policy, reference, pairs, template, folder, console)
+    run = Run(config, folder, trainer, policy, template, pairs, weights, console)
     if run.leads:
         folder.clear()
-    run.record(layout, finished=False)
-    run.train()
+    run.record(finished=False)
+    if args.do_train:
+        before = run.answers("before")
+        run.train()
+        run.sample(before)
     run.evaluate()
-    run.sample()
-    run.record(layout, finished=True)
+    run.record(finished=True)
     run.show_files()
 
 
@@ -87,65 +93,39 @@ def _tracker(console: Console) -> Any:
     return tracked
 
 
-def _build_model(config: RunConfig, args: TrainingArguments, console: Console) -> tuple[PeftModel, Layout]:
-    """The policy, ready for packed batches, and the layout that it takes."""
-    base = load_causal_lm(config.model)
-    architecture = read_architecture(base.config)
-    layout = architecture.choose_layout(config.model.batch_layout)
-    if layout == "shared":
-        use_shared_prompts(base)
-    why = architecture.sharing_obstacle or "as batch_layout says"
-    told = "a prompt is computed once for its responses" if layout == "shared" else f"not shared: {why}"
-    console.print(f"Batches: {layout} layout ({told}).")
-    if architecture.logits is None:
-        console.print(f"The head of {architecture.name} is not known: all logits are held in memory.")
-    policy = add_lora(base, config.adapter)
-    attach_logps_forward(base, architecture)
-    trainable = sum(weights.numel() for weights in policy.parameters() if weights.requires_grad)
-    total = sum(weights.numel() for weights in policy.parameters())
-    console.print(
-        f"Training {trainable:,} of {total:,} weights ({', '.join(sorted(_dtypes(policy)))}; "
-        f"forward in {_compute_dtype(policy, args)}).".replace("torch.", ""),
-    )
-    return policy, layout
-
-
-def _dtypes(model: torch.nn.Module) -> set[str]:
-    return {
-        f"{'trained' if weights.requires_grad else 'frozen'} in {weights.dtype}"
-        for weights in model.parameters()
-    }
-
-
-def _compute_dtype(model: PeftModel, args: TrainingArguments) -> torch.dtype:
-    """The dtype of the forward: that of mixed precision, else of the base weights."""
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    return base_of(model).dtype
-
-
 def _build_trainer(
     config: RunConfig,
     args: TrainingArguments,
-    model: PeftModel,
-    layout: Layout,
+    policy: Policy,
+    reference: Reference | None,
     pairs: Pairs,
     template: ChatTemplate,
     folder: OutputFolder,
     console: Console,
 ) -> PrefTrainer:
-    reference = AdapterOff(model) if LOSSES[config.method.pref_loss].needs_reference else None
-    told = reference.describe() if reference else f"none: {config.method.pref_loss} does not use one"
-    console.print(f"Reference: {told}.")
-    stage = DpoStage(config.method, reference, _compute_dtype(model, args))
+    coefficient = config.model.moe_aux_loss_coef or 0.0
+    stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
     starts_here = folder.checkpoint is None
     stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
     bar = ProgressBar(console)
-    trainer = PrefTrainer(model, args, stage, layout, pairs.train, pairs.held_out, template.tokenizer)
+    trainer = PrefTrainer(
+        policy.model,
+        args,
+        stage,
+        config.tuning,
+        policy.layout,
+        pairs.train,
+        pairs.held_out,
+        template.tokenizer,
+    )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogFile())
     trainer.add_callback(bar)
+    if isinstance(reference, CachedReference):
+        trainer.add_callback(KeepReferenceLogps(reference.store))
+    if config.method.early_stopping_steps:
+        trainer.add_callback(EarlyStopping(config.method.early_stopping_steps))
     return trainer
 
 
@@ -156,17 +136,25 @@ class Run:
     config: RunConfig
     folder: OutputFolder
     trainer: PrefTrainer
-    model: PeftModel
+    policy: Policy
     template: ChatTemplate
     pairs: Pairs
+    weights: dict[str, str]
     console: Console
 
     @property
     def leads(self) -> bool:
+        """Whether this process writes the files of the run."""
         return self.trainer.is_world_process_zero()
 
+    @property
+    def reference_name(self) -> str:
+        """The reference in words."""
+        reference = self.trainer.stage.reference
+        return reference.describe() if reference else "none"
+
     def train(self) -> None:
-        """Train, and save adapter, tokenizer, state, results and curves."""
+        """Train, and save weights, tokenizer, state, results, probe and curves."""
         result = self.trainer.train(
             resume_from_checkpoint=str(self.folder.checkpoint) if self.folder.checkpoint else None
         )
@@ -175,8 +163,12 @@ class Run:
         self.trainer.save_metrics("train", result.metrics)
         if not self.leads:
             return
+        if self.config.tuning.pissa_init:
+            save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
+        write_probe(make_probe(self.policy.model, self.pairs.held_out or self.pairs.train), self.folder.path)
         facts = f"{self.config.method.pref_loss} loss on {', '.join(self.config.data.dataset)}"
-        write_model_card(self.folder.path, self.config.model.model_name_or_path, facts)
+        is_adapter = self.config.tuning.finetuning_type == "lora"
+        write_model_card(self.folder.path, self.config.model.model_name_or_path, facts, is_adapter)
         log = self.trainer.state.log_history
         if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
             self.console.print("No curves: the log has fewer than two lines; set a smaller logging_steps.")
@@ -212,36 +204,43 @@ class Run:
             return None
         return {name: value for name, value in last.items() if name != "step"}
 
-    def sample(self) -> None:
-        """Answers of reference and tuned model to `sample_prompts` held-out prompts."""
+    def answers(self, when: str) -> list[str]:
+        """Greedy answers of the policy as it is now to `sample_prompts` held-out prompts."""
         number = self.config.output.sample_prompts
         if not number or not self.leads:
-            return
-        self.console.print(f"Answering {min(number, len(self.pairs.held_out))} held-out prompts ...")
-        examples = self.pairs.held_out[:number]
-        prompts = [example.prompt_ids for example in examples]
+            return []
+        prompts = [example.prompt_ids for example in self.pairs.held_out[:number]]
+        self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
-        with self.model.disable_adapter():
-            before = generate_responses(self.model, self.template, prompts, length)
-        after = generate_responses(self.model, self.template, prompts, length)
-        sources = [example.source for example in examples]
+        return generate_responses(self.policy.model, self.template, prompts, length)
+
+    def sample(self, before: list[str]) -> None:
+        """Answer the prompts again, and show both answers to each."""
+        after = self.answers("after")
+        number = len(after)
+        sources = [example.source for example in self.pairs.held_out[:number]]
         rows = zip(sources, self.pairs.held_out_questions[:number], before, after, strict=True)
         samples = [Sample(*row) for row in rows]
-        write_samples(samples, self.folder.path)
-        print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
+        if samples:
+            write_samples(samples, self.folder.path)
+            print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 
-    def record(self, layout: Layout, finished: bool) -> None:
+    def record(self, finished: bool) -> None:
         """Write `config.yaml` and `prefkit.json`."""
         if not self.leads:
             return
         facts = {
             "finished": finished,
             "base_model": self.config.model.model_name_or_path,
+            "adapters_below": merged_adapters(self.config),
+            "fingerprints": self.weights,
             "stage": self.config.method.stage,
             "loss": self.config.method.pref_loss,
+            "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
             "enable_thinking": self.config.data.enable_thinking,
-            "batch_layout": layout,
+            "reference": self.reference_name,
+            "batch_layout": self.policy.layout,
             "data": [ledger.to_dict() for ledger in self.pairs.ledgers],
             "pairs": {"trained": len(self.pairs.train), "held_out": len(self.pairs.held_out)},
         }
@@ -255,7 +254,8 @@ class Run:
 
 
 FILES = {
-    "adapter_model.safetensors": "the adapter; peft.PeftModel.from_pretrained reads this folder",
+    "adapter_model.safetensors": "the adapter; `prefkit chat` and peft read this folder",
+    "model.safetensors": "the model; `prefkit chat` and transformers read this folder",
     "training_curves.png": "loss, reward accuracy and margin at a glance",
     "training_loss.png": "loss curve",
     "training_eval_loss.png": "held-out loss curve",

@@ -42,10 +42,17 @@ class DpoStage:
     against `IDENTITY_TOLERANCE[dtype]`.
     """
 
-    def __init__(self, method: MethodConfig, reference: Reference | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        method: MethodConfig,
+        reference: Reference | None,
+        dtype: torch.dtype,
+        router_loss_weight: float = 0.0,
+    ) -> None:
         self.loss = LOSSES[method.pref_loss]
         self.reference = reference
         self.dtype = dtype
+        self.router_loss_weight = router_loss_weight
         self.method = method
         self.expects_identity = False
         self.gather: Callable[[Tensor], Tensor] = lambda values: values
@@ -81,7 +88,11 @@ class DpoStage:
         self.expects_identity = False
         losses = self._add_terms(losses, policy, plain, reference_pair, learns=model.training)
         pair_rewards = self.loss.rewards(policy, reference_pair, **numbers)
-        return StageOutput(losses, pairwise_metrics(plain, pair_rewards, self.loss.parts))
+        metrics = pairwise_metrics(plain, pair_rewards, self.loss.parts)
+        if responses.router_loss is not None:
+            losses = losses + self.router_loss_weight * responses.router_loss
+            metrics["router_loss"] = responses.router_loss.detach().expand(len(losses))
+        return StageOutput(losses, metrics)
 
     def end_step(self) -> None:
         """After an optimiser step: the rewards seen in it, on all ranks, join their running mean.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prefkit.config import ConfigError, load_config
-from prefkit.config.checks import ERRORS, NEEDS, WARNINGS
+from prefkit.config import ConfigError, load_config, load_use_config
+from prefkit.config.checks import ERRORS, EXPORT, NEEDS, TALKING, WARNINGS
 from prefkit.config.foreign import FOREIGN
 from prefkit.config.schema import KEYS
 
@@ -19,7 +19,8 @@ BASE = {
 
 BROKEN = {
     "report_to": "report_to: wnadb",
-    "no_training": "do_train: false\ndo_eval: true\nval_size: 0.1",
+    "no_training": "do_train: false\ndo_eval: true\neval_dataset: held_out",
+    "nothing_to_do": "do_train: false\nref_model: other\ndo_eval: true\nval_size: 0.1",
     "dataset_missing": "dataset: null",
     "length_grouping": "train_sampling_strategy: group_by_length",
     "neftune": "neftune_noise_alpha: 5",
@@ -32,6 +33,33 @@ BROKEN = {
     "label_smoothing_loss": "pref_loss: hinge\ndpo_label_smoothing: 0.1",
     "label_smoothing_factor": "label_smoothing_factor: 0.1",
     "ref_model_reference_free": "pref_loss: orpo\nref_model: other",
+    "ref_adapters_alone": "ref_model_adapters: a",
+    "ref_quantization_alone": "ref_model_quantization_bit: 4",
+    "ref_quantization_adapters": "ref_model: r\nref_model_adapters: a\nref_model_quantization_bit: 8",
+    "ref_quantization_bits": "ref_model: r\nref_model_quantization_bit: 6",
+    "quantization_bits": "quantization_bit: 5",
+    "quantization_tuning": "quantization_bit: 8\nfinetuning_type: full",
+    "quantization_adapters": "quantization_bit: 4\nadapter_name_or_path: a,b",
+    "quantization_tokens": "quantization_bit: 4\nadd_special_tokens: <x>",
+    "quantization_pissa": "quantization_bit: 4\npissa_init: true",
+    "pure_bf16": "pure_bf16: true\ndtype: float32",
+    "adapter_tuning": "adapter_name_or_path: a\nfinetuning_type: freeze",
+    "create_new_adapter": "create_new_adapter: true",
+    "create_new_adapter_untrained": "create_new_adapter: true\nadapter_name_or_path: a\ndo_train: false\n"
+    "do_predict: true\neval_dataset: held_out",
+    "lora_target": "lora_target: []",
+    "use_rslora_tuning": "use_rslora: true\nfinetuning_type: full",
+    "use_dora_tuning": "use_dora: true\nfinetuning_type: freeze",
+    "pissa_init_tuning": "pissa_init: true\nfinetuning_type: full",
+    "loraplus_lr_ratio_tuning": "loraplus_lr_ratio: 16\nfinetuning_type: full",
+    "pissa_adapter": "pissa_init: true\nadapter_name_or_path: a",
+    "pissa_dora": "pissa_init: true\nuse_dora: true",
+    "pissa_iter": "pissa_init: true\npissa_iter: 0",
+    "freeze_layers": "finetuning_type: freeze\nfreeze_trainable_layers: 0",
+    "freeze_modules": "finetuning_type: freeze\nfreeze_trainable_modules: []",
+    "early_stopping_eval": "early_stopping_steps: 3",
+    "best_metric": "metric_for_best_model: accuracy",
+    "best_metric_loss": "metric_for_best_model: eval_sft_loss",
     "bco_reference_free": "pref_loss: simpo\npref_beta: 2\npref_bco_weight: 1",
     "ld_alpha_reference_free": "pref_loss: orpo\nld_alpha: 0.5",
     "ld_alpha_ipo": "pref_loss: ipo\nld_alpha: 0.5",
@@ -55,6 +83,7 @@ WARNED = {
     "simpo_beta": "pref_loss: simpo\npref_beta: 0.9",
     "simpo_margin": "pref_loss: simpo\npref_beta: 1\nsimpo_gamma: 2.5",
     "lora_dropout": "lora_dropout: 0.1",
+    "early_stopping_last": "early_stopping_steps: 3\nval_size: 0.1\neval_strategy: epoch",
 }
 
 ALLOWED = [
@@ -73,6 +102,24 @@ ALLOWED = [
     "gradient_checkpointing: true\nactivation_checkpointing: true",
     "logging_strategy: epoch\nsave_strategy: epoch",
     "warmup_steps: 0.1",
+    "finetuning_type: full\nbf16: true",
+    "finetuning_type: full\npure_bf16: true\nbf16: true\ndtype: bfloat16",
+    "finetuning_type: freeze\nfreeze_trainable_layers: -1\nfreeze_trainable_modules: mlp,self_attn",
+    "finetuning_type: freeze\nfreeze_trainable_layers: 0\nfreeze_extra_modules: lm_head",
+    "adapter_name_or_path: a,b\ncreate_new_adapter: true\nlora_rank: 16\nuse_dora: true",
+    "adapter_name_or_path: a,b\ncreate_new_adapter: true\npissa_init: true\npissa_iter: -1",
+    "adapter_name_or_path: a\nref_model: r\nref_model_adapters: b,c",
+    "adapter_name_or_path: a\ndo_train: false\ndataset: null\ndo_predict: true\neval_dataset: held_out",
+    "create_new_adapter: true\nadapter_name_or_path: a\nref_model: r\ndo_train: false\ndataset: null\n"
+    "do_eval: true\neval_dataset: held_out",
+    "quantization_bit: 4\nadapter_name_or_path: a\nquantization_type: fp4\ndouble_quantization: false",
+    "quantization_bit: 8\npure_bf16: true\nloraplus_lr_ratio: 16\nloraplus_lr_embedding: 1e-5",
+    "ref_model: r\nref_model_quantization_bit: 4\nquantization_type: fp4",
+    "resize_vocab: true\nadd_tokens: <a>,<b>\nadditional_target: embed_tokens,lm_head",
+    "pref_loss: orpo\nref_cache: false\nmetric_for_best_model: odds_ratio_loss",
+    "early_stopping_steps: 3\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
+    "load_best_model_at_end: true\nmetric_for_best_model: eval_rewards/margins",
+    "ref_cache: true\nrope_scaling: yarn\nflash_attn: fa2\nmoe_aux_loss_coef: 0.01",
 ]
 
 
@@ -94,6 +141,7 @@ def test_every_row_has_a_name_and_a_yaml():
     assert [row.name for row in WARNINGS] == list(WARNED)
     for row in (*ERRORS, *WARNINGS):
         assert all(key in KEYS or key in FOREIGN for key in row.keys), row.name
+    assert [row.key for row in NEEDS] == list(IDLE)
 
 
 @pytest.mark.parametrize("row", ERRORS, ids=lambda row: row.name)
@@ -129,10 +177,33 @@ def test_a_key_of_wrong_type_breaks_no_rule_beside(load):
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["dataset", "val_size"]
 
 
+def test_several_adapters_are_refused_under_quantised_weights_and_so_is_merging_the_only_one(load):
+    for lines in ("adapter_name_or_path: a,b", "adapter_name_or_path: a\ncreate_new_adapter: true"):
+        with pytest.raises(ConfigError, match="adapters cannot be merged into quantised weights"):
+            load("quantization_bit: 4\n" + lines)
+
+
+@pytest.mark.parametrize("line", ["fp16: true", "dtype: float16"])
+def test_pure_bf16_goes_with_no_other_number_format(load, line):
+    with pytest.raises(ConfigError, match="pure_bf16: holds every weight in bfloat16: remove it, or fp16"):
+        load("pure_bf16: true\n" + line)
+
+
+def test_forgotten_do_train_says_what_evaluation_alone_needs_at_once(load):
+    with pytest.raises(ConfigError) as caught:
+        load("do_train: false")
+    first, second = caught.value.problems
+    assert "write do_train: true; to evaluate without training, name the adapter_name_or_path" in first
+    assert "an eval_dataset is measured: write one, with do_eval: true or do_predict: true" in second
+
+
+MEASURED = "do_train: false\nadapter_name_or_path: a\ndo_eval: true\neval_dataset: held_out"
 IDLE = {
     "simpo_gamma": "simpo_gamma: 1",
     "ipo_average": "ipo_average: false",
     "ld_alpha_reference": "ld_alpha_reference: false",
+    "dataset": MEASURED,
+    "sample_prompts": MEASURED + "\ndataset: null\nsample_prompts: 2",
     "sample_max_new_tokens": "sample_max_new_tokens: 9",
     "num_train_epochs": "num_train_epochs: 5\nmax_steps: 5",
     "eval_steps": "eval_steps: 5",
@@ -140,6 +211,21 @@ IDLE = {
     "save_steps": "save_steps: 5\nsave_strategy: epoch",
     "logging_steps": "logging_steps: 5\nlogging_strategy: epoch",
     "fsdp_config": "fsdp_config: {a: 1}",
+    "ref_cache": "ref_cache: true\npref_loss: orpo",
+    "quantization_type": "quantization_type: fp4\nquantization_bit: 8",
+    "double_quantization": "double_quantization: false",
+    "lora_rank": "lora_rank: 4\nfinetuning_type: full",
+    "lora_alpha": "lora_alpha: 4\nadapter_name_or_path: a",
+    "lora_dropout": "lora_dropout: 0.1\nadapter_name_or_path: a",
+    "lora_target": "lora_target: q_proj\nfinetuning_type: freeze",
+    "additional_target": "additional_target: lm_head\nfinetuning_type: full",
+    "use_rslora": "use_rslora: true\nadapter_name_or_path: a",
+    "use_dora": "use_dora: true\nadapter_name_or_path: a",
+    "freeze_trainable_layers": "freeze_trainable_layers: 3",
+    "freeze_trainable_modules": "freeze_trainable_modules: mlp\nfinetuning_type: full",
+    "freeze_extra_modules": "freeze_extra_modules: lm_head",
+    "pissa_iter": "pissa_iter: 4",
+    "loraplus_lr_embedding": "loraplus_lr_embedding: 1e-5",
 }
 
 
@@ -154,3 +240,112 @@ def test_keys_without_effect_share_one_warning_and_off_is_silent(load):
         warning == "without effect: simpo_gamma (needs pref_loss: simpo), ipo_average (needs pref_loss: ipo)"
     )
     assert load("simpo_gamma: 0").warnings == ()
+
+
+USE_BROKEN = {
+    "infer_backend": "infer_backend: vllm",
+    "talking_bits": "quantization_bit: 6",
+    "talking_adapters": "quantization_bit: 4\nadapter_name_or_path: a,b",
+    "talking_tokens": "quantization_bit: 8\nadd_tokens: <x>",
+    "export_dir": "export_dir: null",
+    "export_quantized": "quantization_bit: 4",
+    "export_quantization": "export_quantization_bit: 4",
+    "export_hub": "export_hub_model_id: me/mine",
+    "hub_token": "hub_token: hf_0",
+    "hf_hub_token": "hf_hub_token: hf_0",
+    "hf_token": "hf_token: hf_0",
+    "push_to_hub_token": "push_to_hub_token: hf_0",
+    "ms_hub_token": "ms_hub_token: x",
+    "om_hub_token": "om_hub_token: x",
+    "swanlab_api_key": "swanlab_api_key: x",
+    "swanlab_lark_secret": "swanlab_lark_secret: x",
+    "adapter_folder": "adapter_folder: sub",
+    "new_special_tokens_config": "new_special_tokens_config: tokens.yaml",
+    "quantization_method": "quantization_method: hqq",
+}
+USE_IDLE = {
+    "quantization_type": "quantization_type: fp4\nquantization_bit: 8",
+    "double_quantization": "double_quantization: false",
+    "temperature": "temperature: 0.5\ndo_sample: false",
+    "top_p": "top_p: 0.5\ndo_sample: false",
+    "top_k": "top_k: 5\ndo_sample: false",
+}
+USES = {"talking": TALKING, "export": EXPORT}
+
+
+@pytest.fixture
+def use(tmp_path: Path):
+    """Load a model and an export_dir with some lines changed or added, for one of USES."""
+
+    def run(name: str, lines: str):
+        changed = {"model_name_or_path": "m"} | ({"export_dir": "out"} if name == "export" else {})
+        changed |= dict(line.split(": ", 1) for line in lines.splitlines())
+        path = tmp_path / "use.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in changed.items()))
+        return load_use_config(path, (), {}, USES[name])
+
+    return run
+
+
+def test_every_row_of_a_use_has_a_yaml():
+    assert {row.name for rules in USES.values() for row in rules.errors} == {*USE_BROKEN}
+    assert {row.key for rules in USES.values() for row in rules.needs} == {*USE_IDLE}
+    for rules in USES.values():
+        assert not rules.warnings
+        assert all(key in KEYS or key in FOREIGN for row in rules.errors for key in row.keys)
+        assert all(key in KEYS for key in rules.unused)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [(name, row) for name, rules in USES.items() for row in rules.errors],
+    ids=lambda case: case if isinstance(case, str) else case.name,
+)
+def test_error_of_a_use(use, name, row):
+    with pytest.raises(ConfigError) as caught:
+        use(name, USE_BROKEN[row.name])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{row.keys[0]}: {row.message}")
+
+
+@pytest.mark.parametrize("row", TALKING.needs, ids=lambda row: row.key)
+def test_a_key_without_effect_on_an_answer_is_named(use, row):
+    expected = f"without effect: {row.key} (needs {row.condition})"
+    assert use("talking", USE_IDLE[row.key]).warnings == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("talking", "infer_backend: huggingface\ntrust_remote_code: true\ntemplate: qwen3"),
+        ("talking", "adapter_name_or_path: a,b\nadd_tokens: <x>\nrope_scaling: linear"),
+        ("talking", "quantization_bit: 4\nadapter_name_or_path: a\nquantization_type: fp4"),
+        ("talking", "temperature: 0\nmax_new_tokens: 5"),
+        ("talking", "infer_backend: null\nlora_rank: 8"),
+        ("export", "adapter_name_or_path: a,b\ndtype: bfloat16\nexport_size: 2\nexport_device: auto"),
+        ("export", "export_legacy_format: false\nquantization_method: bnb"),
+    ],
+)
+def test_allowed_for_a_use(use, name, lines):
+    assert use(name, lines).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "unused"),
+    [
+        ("talking", "stage: dpo\nlora_rank: 4\noutput_dir: out", "lora_rank, output_dir, stage"),
+        ("talking", "dataset: a\nbatch_layout: shared\ntemplate: x", "batch_layout, dataset"),
+        ("talking", "export_dir: out\nexport_size: 9", "export_dir, export_size"),
+        ("talking", "num_beams: 4\nskip_special_tokens: false\nuse_unsloth: true", "num_beams, use_unsloth"),
+        ("export", "temperature: 0.5\ndouble_quantization: false", "double_quantization, temperature"),
+        ("export", "infer_backend: vllm\nref_model: r\nval_size: 5", "infer_backend, ref_model, val_size"),
+    ],
+)
+def test_keys_of_another_use_are_named(use, name, lines, unused):
+    assert use(name, lines).warnings == (f"not used here: {unused}",)
+
+
+def test_training_names_the_keys_of_export_and_generation(load):
+    assert load("export_dir: out\nmax_new_tokens: 5\ntop_p: 0.9").warnings == (
+        "not used here: export_dir, max_new_tokens, top_p",
+    )

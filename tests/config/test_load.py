@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefkit.config import ConfigError, LoadedConfig, dump_yaml, load_config
+from prefkit.config import ConfigError, LoadedConfig, dump_yaml, load_config, load_use_config
+from prefkit.config.checks import EXPORT, TALKING
 from prefkit.config.schema import KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -163,10 +164,16 @@ def test_other_stages_are_not_here_yet(problems, stage):
     assert problem == f"stage: {stage} is not in this version of prefkit: write dpo (line 2)"
 
 
-@pytest.mark.parametrize("kind", ["full", "freeze", "oft"])
-def test_other_finetuning_types_are_not_here_yet(problems, kind):
-    (problem,) = problems(f"finetuning_type: {kind}")
-    assert f"finetuning_type: {kind} is not in this version of prefkit: write lora" in problem
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("finetuning_type: oft", "lora or freeze or full"),
+        ("rope_scaling: dynamic", "linear or yarn or llama3"),
+        ("flash_attn: fa3", "auto or disabled or sdpa or fa2"),
+    ],
+)
+def test_other_values_of_llama_factory_are_not_here_yet(problems, line, instead):
+    assert problems(line) == [f"{line} is not in this version of prefkit: write {instead} (line 6)"]
 
 
 def test_required_keys_and_their_examples(problems):
@@ -183,11 +190,9 @@ def test_a_misspelt_key_is_not_missing_too(problems):
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(problems, tmp_path):
-    found = problems(
-        "pref_bta: 1\nlora_rank: no\nquantization_bit: 4\nfp16: true\nbf16: true\nseed: 1\nseed: 2"
-    )
+    found = problems("pref_bta: 1\nlora_rank: no\npacking: true\nfp16: true\nbf16: true\nseed: 1\nseed: 2")
     assert [problem.split(":")[0] for problem in found] == [
-        "pref_bta", "lora_rank", "quantization_bit", "fp16", "seed"
+        "pref_bta", "lora_rank", "packing", "fp16", "seed"
     ]  # fmt: skip
     text = str(ConfigError(tmp_path / "run.yaml", found))
     assert text.splitlines()[0] == f"{tmp_path}/run.yaml: 5 problems"
@@ -380,23 +385,30 @@ def test_secrets_never_reach_the_saved_config(load):
 
 
 def test_null_and_off_foreign_keys_say_nothing(load):
-    lines = "quantization_bit: null\nref_model:\nstreaming: false\nflash_attn: auto\nuse_unsloth: off\n"
+    lines = "quantization_bit: null\nref_model:\nstreaming: false\npacking: null\nuse_unsloth: off\n"
     assert load(lines + "hf_hub_token: ''").warnings == ()
 
 
 def test_ignored_keys_come_in_one_warning(load):
-    lines = "flash_attn: fa2\npreprocessing_num_workers: 16\noverwrite_cache: true\nppo_epochs: 2\ntop_k: 5"
-    assert load(lines).warnings == (
-        "ignored: flash_attn, preprocessing_num_workers, overwrite_cache (concerns speed or memory only); "
-        "ppo_epochs (belongs to another stage); top_k (concerns generation)",
+    lines = "use_ipex: true\npreprocessing_num_workers: 16\noverwrite_cache: true\nppo_epochs: 2"
+    assert load(lines + "\nnum_beams: 5").warnings == (
+        "ignored: use_ipex, preprocessing_num_workers, overwrite_cache (concerns speed or memory only); "
+        "ppo_epochs (belongs to another stage); num_beams (concerns generation)",
+    )
+
+
+def test_keys_of_other_verbs_come_before_ignored_ones_in_a_warning_of_their_own(load):
+    assert load("pissa_convert: true\ntop_k: 5\nexport_dir: out").warnings == (
+        "not used here: export_dir, top_k",
+        "ignored: pissa_convert (decided by prefkit itself)",
     )
 
 
 def test_refused_keys(problems):
-    found = problems("ref_model: other\nrope_scaling: linear\nevaluation_strategy: steps")
+    found = problems("shift_attn: true\ninit_special_tokens: desc_init\nevaluation_strategy: steps")
     assert [problem.split(":")[0] for problem in found] == [
-        "ref_model",
-        "rope_scaling",
+        "shift_attn",
+        "init_special_tokens",
         "evaluation_strategy",
     ]
     assert "write eval_strategy" in found[2]
@@ -410,9 +422,9 @@ def test_warmup_ratio_becomes_warmup_steps(load):
 
 
 def test_lora_alpha_is_twice_the_rank_unless_given(load):
-    assert load("lora_rank: 6").config.adapter.lora_alpha == 12
-    assert load("lora_rank: 6\nlora_alpha: 6").config.adapter.lora_alpha == 6
-    assert load("lora_rank: 6\nlora_alpha: null").config.adapter.lora_alpha == 12
+    assert load("lora_rank: 6").config.tuning.lora_alpha == 12
+    assert load("lora_rank: 6\nlora_alpha: 6").config.tuning.lora_alpha == 6
+    assert load("lora_rank: 6\nlora_alpha: null").config.tuning.lora_alpha == 12
 
 
 @pytest.mark.parametrize(
@@ -424,6 +436,9 @@ def test_lora_alpha_is_twice_the_rank_unless_given(load):
         "default_system: \"a: b # c\\n\\td \\u00e9\\u4e2d 'x'\"\nrun_name: ' '\ntemplate: '2024-01-01'",
         "lr_scheduler_kwargs: {a: [1, {b: 'yes'}], c: null, d: 1.0e+20}\nreport_to: [wandb]",
         "eval_dataset: a,b\nlora_target: q_proj\nadditional_target: head\nmax_samples: 5\nld_alpha: 0.5",
+        "finetuning_type: freeze\nfreeze_trainable_layers: -3\nfreeze_extra_modules: norm\npure_bf16: true",
+        "adapter_name_or_path: a,b\ncreate_new_adapter: true\nadd_special_tokens: [<x>, '5']\n"
+        "ref_model: r\nref_model_adapters: c\nref_cache: false\nquantization_bit: null\nrope_scaling: yarn",
     ],
 )
 def test_a_saved_config_loads_as_itself(load, lines):
@@ -438,9 +453,71 @@ def test_every_type_survives_saving(load):
     """Whatever the default of a key, writing it out and reading it back changes nothing."""
     config = load().config
     assert set(config.to_yaml_dict()) == {
-        name for name, key in KEYS.items() if key.group != "training"
+        name for name, key in KEYS.items() if key.group not in ("training", "export", "generation")
     } | {"do_train", "output_dir"}  # fmt: skip
     assert yaml.safe_load(dump_yaml(config.to_yaml_dict())) == config.to_yaml_dict()
+
+
+USE = "model_name_or_path: m\ntemplate: t\ntemperature: 0.5\n"
+
+
+def test_in_a_use_an_override_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "use.yaml"
+    path.write_text(USE)
+    defaults = {"model_name_or_path": "d", "template": "d", "temperature": 0.1, "adapter_name_or_path": ["d"]}
+    config, warnings = load_use_config(path, ["template=o", "max_new_tokens=7"], defaults, TALKING)
+    assert warnings == ()
+    assert (config.model.model_name_or_path, config.model.adapter_name_or_path) == ("m", ("d",))
+    assert (config.data.template, config.data.cutoff_len) == ("o", 2048)
+    assert (config.generation.temperature, config.generation.max_new_tokens) == (0.5, 7)
+    assert config.generation.top_p == 0.7
+
+
+def test_null_takes_a_default_of_a_use_away():
+    defaults = {"model_name_or_path": "d", "adapter_name_or_path": ["a"], "enable_thinking": False}
+    config = load_use_config(None, ["adapter_name_or_path=null"], defaults, TALKING).config
+    assert (config.model.adapter_name_or_path, config.data.enable_thinking) == ((), False)
+
+
+def test_the_problems_of_a_use_are_those_of_its_own_verb(tmp_path):
+    path = tmp_path / "use.yaml"
+    path.write_text("temprature: 1\ntop_p: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        load_use_config(path, ["export_size=0"], {}, EXPORT)
+    assert caught.value.problems == [
+        "temprature: unknown key; did you mean temperature? (line 1)",
+        "top_p: must be in the range 0 < top_p <= 1, not 2.0 (line 2)",
+        "export_size: must be in the range 1 <= export_size, not 0 (command line)",
+        "model_name_or_path: missing; write model_name_or_path: Qwen/Qwen3-8B",
+        "export_dir: missing; write export_dir: models/my-model",
+    ]
+
+
+def test_without_a_file_the_command_line_is_blamed():
+    with pytest.raises(ConfigError) as caught:
+        load_use_config(None, [], {"model_name_or_path": "m"}, EXPORT)
+    assert str(caught.value) == (
+        "command line: 1 problem\n  export_dir: missing; write export_dir: models/my-model"
+    )
+
+
+def test_a_use_never_echoes_a_secret():
+    with pytest.raises(ConfigError) as caught:
+        load_use_config(None, [f"hf_hub_token={SECRET}"], {"model_name_or_path": "m"}, TALKING)
+    assert caught.value.problems == [
+        "hf_hub_token: a secret belongs into the environment, never into a config: set HF_TOKEN, or run "
+        "`hf auth login` (command line)"
+    ]
+
+
+def test_the_file_of_a_run_serves_a_use(tmp_path, load):
+    """Each key of a saved config is read or named as not used."""
+    path = tmp_path / "saved.yaml"
+    path.write_text(dump_yaml(load("lora_rank: 4\ntemplate: t\nval_size: 0.1").config.to_yaml_dict()))
+    config, warnings = load_use_config(path, [], {}, TALKING)
+    assert (config.model.model_name_or_path, config.data.template) == ("m", "t")
+    unused = "dataset, do_train, lora_rank, output_dir, stage, val_size"
+    assert warnings == (f"not used here: {unused}",)
 
 
 def test_a_bad_file_is_told_before_torch_could_be_imported(tmp_path):

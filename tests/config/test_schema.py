@@ -3,17 +3,23 @@
 import dataclasses
 
 import pytest
+import torch
 
-from prefkit.config import AdapterConfig
+from prefkit.config import TuningConfig
 from prefkit.config.foreign import FOREIGN
-from prefkit.config.schema import GROUPS, KEYS, RunConfig
+from prefkit.config.schema import GROUPS, KEYS, METRICS, PART_METRICS, RunConfig, UseConfig, keys_of
+from prefkit.objectives.logps import PairLogps
+from prefkit.objectives.metrics import pairwise_metrics
+from prefkit.objectives.pairwise import LOSSES, Rewards
 
 REQUIRED = "required"
 PINNED = {
     "model": {
         "model_name_or_path": REQUIRED, "model_revision": "main", "cache_dir": None,
-        "trust_remote_code": False, "dtype": "auto", "disable_gradient_checkpointing": None,
-        "batch_layout": "auto",
+        "trust_remote_code": False, "dtype": "auto", "adapter_name_or_path": (), "add_tokens": (),
+        "add_special_tokens": (), "resize_vocab": False, "rope_scaling": None, "flash_attn": "auto",
+        "moe_aux_loss_coef": None, "quantization_bit": None, "quantization_type": "nf4",
+        "double_quantization": True, "disable_gradient_checkpointing": None, "batch_layout": "auto",
     },
     "data": {
         "template": None, "dataset": (), "eval_dataset": (), "dataset_dir": "data", "cutoff_len": 2048,
@@ -23,15 +29,26 @@ PINNED = {
     "method": {
         "stage": REQUIRED, "pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0,
         "dpo_label_smoothing": 0.0, "simpo_gamma": 0.5, "ld_alpha": None, "ld_alpha_reference": True,
-        "ipo_average": True, "pref_bco_weight": 0.0,
+        "early_stopping_steps": None, "ipo_average": True, "pref_bco_weight": 0.0,
     },
-    "adapter": {
-        "finetuning_type": "lora", "lora_rank": 8, "lora_alpha": None, "lora_dropout": 0.0,
-        "lora_target": ("all",), "additional_target": (), "use_rslora": False, "use_dora": False,
+    "reference": {
+        "ref_model": None, "ref_model_adapters": (), "ref_model_quantization_bit": None, "ref_cache": None,
+    },
+    "tuning": {
+        "finetuning_type": "lora", "create_new_adapter": False, "lora_rank": 8, "lora_alpha": None,
+        "lora_dropout": 0.0, "lora_target": ("all",), "additional_target": (), "use_rslora": False,
+        "use_dora": False, "pissa_init": False, "pissa_iter": 16, "loraplus_lr_ratio": None,
+        "loraplus_lr_embedding": 1e-6, "freeze_trainable_layers": 2, "freeze_trainable_modules": ("all",),
+        "freeze_extra_modules": (), "pure_bf16": False,
     },
     "output": {
         "overwrite_output_dir": False, "plot_loss": False, "sample_prompts": 0,
         "sample_max_new_tokens": 256,
+    },
+    "export": {"export_dir": None, "export_size": 5, "export_device": "cpu"},
+    "generation": {
+        "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0,
+        "max_new_tokens": 1024,
     },
 }  # fmt: skip
 
@@ -42,8 +59,29 @@ def test_our_keys_and_defaults(group):
     assert found == PINNED[group]
 
 
-def test_groups_are_the_fields_of_the_config():
-    assert [field.name for field in dataclasses.fields(RunConfig)] == [*GROUPS, "training"]
+def test_groups_are_the_fields_of_the_configs():
+    run, use = ([field.name for field in dataclasses.fields(config)] for config in (RunConfig, UseConfig))
+    assert run == ["model", "data", "method", "reference", "tuning", "output", "training"]
+    assert use == ["model", "data", "export", "generation"]
+    assert {*run, *use} == {*GROUPS, "training"}
+
+
+def test_the_keys_of_a_config_are_those_of_its_groups():
+    groups = ("model", "data", "export", "generation")
+    assert keys_of(UseConfig) == [name for group in groups for name in PINNED[group]]
+    assert {*keys_of(RunConfig), *PINNED["export"], *PINNED["generation"]} == {*KEYS}
+
+
+def test_metrics_are_those_of_the_objectives():
+    """What `metric_for_best_model` may name; config may not import torch to ask."""
+    one = torch.ones(1)
+    found = {
+        name: pairwise_metrics(PairLogps(-one, -one, one, one), Rewards(one, one), loss.parts)
+        for name, loss in LOSSES.items()
+    }
+    assert {*METRICS} == {"loss", *(metric for metrics in found.values() for metric in metrics)}
+    for metric in METRICS[1:]:
+        assert PART_METRICS.get(metric, tuple(LOSSES)) == tuple(n for n in LOSSES if metric in found[n])
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
@@ -104,6 +142,20 @@ def test_every_key_of_llama_factory_is_known(name):
     assert name in KEYS or name in FOREIGN
 
 
+MOVED = """
+adapter_name_or_path create_new_adapter resize_vocab add_tokens add_special_tokens rope_scaling flash_attn
+moe_aux_loss_coef quantization_bit quantization_type double_quantization early_stopping_steps pure_bf16
+ref_model ref_model_adapters ref_model_quantization_bit pissa_init pissa_iter loraplus_lr_ratio
+loraplus_lr_embedding freeze_trainable_layers freeze_trainable_modules freeze_extra_modules do_sample
+temperature top_p top_k repetition_penalty max_new_tokens export_dir export_size export_device
+"""
+
+
+@pytest.mark.parametrize("name", MOVED.split())
+def test_a_key_that_is_implemented_is_foreign_no_more(name):
+    assert name in KEYS and name not in FOREIGN
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_keys_say_nothing_at_their_default(name):
     row = FOREIGN[name]
@@ -112,5 +164,5 @@ def test_foreign_keys_say_nothing_at_their_default(name):
 
 
 def test_an_adapter_made_in_python_resolves_alpha_too():
-    assert AdapterConfig(lora_rank=4).lora_alpha == 8
-    assert dataclasses.replace(AdapterConfig(), lora_alpha=3).lora_alpha == 3
+    assert TuningConfig(lora_rank=4).lora_alpha == 8
+    assert dataclasses.replace(TuningConfig(), lora_alpha=3).lora_alpha == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefkit.config import AdapterConfig, ModelConfig
+from prefkit.config import ModelConfig, TuningConfig
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import add_lora, linear_names
 from prefkit.model.generate import generate_responses
@@ -58,7 +58,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_fp32() -> None:
     model = make_model().to(torch.bfloat16)
     ids = torch.tensor([[1, 2, 3]])
     before = model(input_ids=ids).logits
-    policy = add_lora(model, AdapterConfig())
+    policy = add_lora(model, TuningConfig())
     assert torch.equal(policy(input_ids=ids).logits, before)
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert "lm_head" not in linear_names(model)
@@ -66,7 +66,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_fp32() -> None:
 
 def test_generation_pads_left_and_stops_at_the_end_token(tokenizer) -> None:
     """A batch of unequal prompts gives what each gives alone."""
-    policy = add_lora(make_model(), AdapterConfig())
+    policy = add_lora(make_model(), TuningConfig())
     template = ChatTemplate(tokenizer, "chatml")
     prompts = [[7, 8, 9, 10, 11], [12]]
     together = generate_responses(policy, template, prompts, 6)

@@ -8,37 +8,121 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers.models.mixtral import modeling_mixtral
 
 import prefkit.objectives.head
+from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.model.adapter import linear_names
 from prefkit.model.architecture import read_architecture
 from prefkit.model.attention import plain_attention, use_shared_prompts
-from prefkit.model.policy import attach_logps_forward, response_logps
-from tests.conftest import make_model
+from prefkit.model.policy import attach_logps_forward, has_router_loss, response_logps
+from prefkit.objectives.logps import desensitize_length
+from tests.conftest import SMALL, make_model
 
 EXAMPLES = [
     TokenizedExample([3, 9, 20, 31, 4], [[5, 6, 7], [8, 9]], [(0, 1)], "f:1"),
     TokenizedExample([11], [[12], [13, 14, 15, 16, 17, 18, 19]], [(0, 1)], "f:2"),
     TokenizedExample([40, 41, 42, 43, 44, 45, 46, 47], [[50, 51, 52, 53], [54]], [(0, 1)], "f:3"),
 ]
-SHARING = {
+LONGEST = 12  # tokens of the third prompt with its first response
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 = {**LOCAL_EXPERTS, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "attention_chunk_size": 4}
+GEMMA3 = {"sliding_window": LONGEST, "layer_types": ["sliding_attention", "full_attention"]}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": LONGEST, "max_window_layers": 1}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+ROUNDED = {"initializer_range": 0.1}  # with larger weights, gradients lose more than 1e-5 to rounding
+# Where there is a window, it is as long as the longest sequence.
+SHARING: dict[str, dict] = {
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},
-    "qwen3": {"layer_types": ["full_attention"] * 2},
+    "llama4_text": {**LLAMA4, "attention_chunk_size": LONGEST, "attn_temperature_tuning": False},
     "mistral": {"sliding_window": None},
+    "mistral window": {"sliding_window": LONGEST},
+    "mixtral": {**LOCAL_EXPERTS, "sliding_window": LONGEST},
+    "qwen2": QWEN_WINDOW,
+    "qwen3": {"layer_types": ["full_attention"] * 2},
+    "qwen3 window": QWEN_WINDOW,
+    "qwen3_moe": {**EXPERTS, **QWEN_WINDOW},
     "gemma": {},
-}
-REPEATING = {
-    "gemma2": {"sliding_window": 4, "final_logit_softcapping": 5.0, "layer_types": None},
-    "gemma3_text": {"sliding_window": 4, "final_logit_softcapping": 3.0},
+    "gemma2": {
+        "sliding_window": LONGEST,
+        "attn_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 4,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {
+        "text_config": {**SMALL, **GEMMA3, "final_logit_softcapping": 3.0},
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 1,
+        },
+    },
+    "gemma3_text": {**GEMMA3, "final_logit_softcapping": 3.0},
+    "phi3": {"sliding_window": LONGEST},
+    "glm": {},
+    "glm4": {},
+    "deepseek_v3": {
+        **{"num_key_value_heads": 4, "head_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 6},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "first_k_dense_replace": 1, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16},
+    },
+    "smollm3": {"use_sliding_window": True, "sliding_window": LONGEST, "no_rope_layers": [1, 0]},
+    "olmo2": {},
+    "olmo3": {"sliding_window": LONGEST, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-    "mistral": {"sliding_window": 4},
-    "qwen2": {},
-    "phi3": {},
-    "stablelm": {},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": LONGEST, "sliding_window_pattern": 2},
+    "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.5},
+    "starcoder2": {"sliding_window": LONGEST},
+    "ernie4_5": ROUNDED,
 }
+
+
+def shorten(changes: dict) -> dict:
+    """The same model with shorter windows."""
+    return {
+        key: shorten(value) if isinstance(value, dict) else 4 if value == LONGEST else value
+        for key, value in changes.items()
+    }
+
+
+WINDOWED = [name for name, changes in SHARING.items() if shorten(changes) != changes]
+REPEATING: dict[str, dict] = {
+    **{f"{name} short": shorten(SHARING[name]) for name in WINDOWED},
+    "llama4_text": {**LLAMA4, "attn_temperature_tuning": True, "floor_scale": 2, "attn_scale": 0.5},
+    "gpt_oss": {**LOCAL_EXPERTS, "sliding_window": 4},
+    "jamba": {
+        **ROUNDED,
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+    },
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
+    "granitemoehybrid": {
+        **{**MAMBA2, **LOCAL_EXPERTS, "layer_types": ["mamba", "attention"]},
+        **{**ROUNDED, "shared_intermediate_size": 16, "logits_scaling": 4.0},
+    },
+    "nemotron_h": {
+        **{"num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "moe"], "n_groups": 1},
+        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
+    },
+    "qwen3_next": {
+        **{**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+        **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        "shared_expert_intermediate_size": 16,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "stablelm": {},  # of an unknown head
+}
+# Has experts and a head that is not known.
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 def make_policy(name: str, changes: dict, layout: Layout, targets: list[str] | None = None):
@@ -46,11 +130,19 @@ def make_policy(name: str, changes: dict, layout: Layout, targets: list[str] | N
     architecture = read_architecture(model.config)
     if layout == "shared":
         use_shared_prompts(model)
-    targets = targets or ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    targets = targets or sorted(linear_names(model))
     torch.manual_seed(1)
     # Random B, not zero: otherwise no gradient reaches A.
     policy = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     attach_logps_forward(model, architecture)
+    return policy
+
+
+def make_trained(name: str, changes: dict, layout: Layout, checkpointing: bool):
+    policy = make_policy(name, changes, layout)
+    if checkpointing:
+        policy.train()
+        policy.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
@@ -81,15 +173,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # peft, of adapted experts
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", SHARING)
 def test_shared_equals_repeat_equals_plain(name: str, checkpointing: bool) -> None:
     results = {}
     for layout in ("shared", "repeat"):
-        policy = make_policy(name, SHARING[name], layout)
-        if checkpointing:
-            policy.train()
-            policy.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        policy = make_trained(name, SHARING[name], layout, checkpointing)
         responses = response_logps(policy, pack(EXAMPLES, layout).to_dict())
         results[layout] = (responses, gradients(policy, loss_of(responses.logps)))
     policy = make_policy(name, SHARING[name], "repeat")
@@ -105,10 +195,11 @@ def test_shared_equals_repeat_equals_plain(name: str, checkpointing: bool) -> No
             assert distance(found[parameter], gradient) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # peft, of adapted experts
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", REPEATING)
-def test_repeat_equals_the_models_own_logits(name: str) -> None:
-    targets = ["qkv_proj", "o_proj"] if name == "phi3" else ["q_proj", "v_proj"]
-    policy = make_policy(name, REPEATING[name], "repeat", targets)
+def test_repeat_equals_the_models_own_logits(name: str, checkpointing: bool) -> None:
+    policy = make_trained(name, REPEATING[name], "repeat", checkpointing)
     responses = response_logps(policy, pack(EXAMPLES, "repeat").to_dict())
     plain = torch.cat(padded_logps(policy, EXAMPLES))
     torch.testing.assert_close(responses.token_logps, plain, atol=1e-4, rtol=0)
@@ -116,23 +207,6 @@ def test_repeat_equals_the_models_own_logits(name: str) -> None:
     sums = torch.stack([logps.sum() for logps in padded_logps(policy, EXAMPLES)])
     for parameter, gradient in gradients(policy, loss_of(sums)).items():
         assert distance(found[parameter], gradient) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "obstacle"),
-    [
-        ("llama", {}, None),
-        ("gemma", {}, None),
-        ("mistral", {"sliding_window": 4}, "window of 4"),
-        ("mistral", {"sliding_window": None}, None),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window of 8"),
-        ("gemma2", {}, "gemma2"),
-        ("stablelm", {}, "stablelm"),
-    ],
-)
-def test_who_can_share_is_read_from_the_config(name: str, changes: dict, obstacle: str | None) -> None:
-    found = read_architecture(make_model(name, **changes).config).sharing_obstacle
-    assert found is None if obstacle is None else obstacle in found
 
 
 def test_head_with_lora_or_in_full_gets_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,3 +253,100 @@ def test_a_forward_without_a_packed_batch_is_the_models_own() -> None:
     ids = torch.tensor([[1, 2, 3]])
     plain = partial(type(policy.base_model.model).forward, policy.base_model.model)
     assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def make_routed(name: str):
+    changes = {**SHARING, **REPEATING, "olmoe": OLMOE}[name]
+    model = make_model(name, **changes).train()
+    attach_logps_forward(model, read_architecture(model.config), router_loss=True)
+    return model
+
+
+def own_forward(model, **batch):
+    """What the class of the model makes of a batch."""
+    return type(model).forward(model, output_router_logits=True, **batch)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "gpt_oss", "jamba", "granitemoehybrid", "qwen3_next", "olmoe"]
+)
+def test_the_router_loss_is_the_models_own_without_padding(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_routed(name)
+    batch = pack(EXAMPLES, "repeat").to_dict()
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "attention_mask")}
+    expected = own_forward(model, **inputs).aux_loss
+    expected_gradients = gradients(model, expected)
+    if name != "olmoe":
+        monkeypatch.setattr(type(model), "forward", None)  # nothing may make all logits
+    loss = response_logps(model, batch).router_loss
+    torch.testing.assert_close(loss, expected)
+    found = gradients(model, loss)
+    assert found.keys() == expected_gradients.keys()
+    routers = [parameter for parameter in found if parameter.endswith(("gate.weight", "router.weight"))]
+    assert len(routers) > 1 or name == "jamba"
+    assert all(found[parameter].norm() > 0 for parameter in routers)
+    for parameter, gradient in expected_gradients.items():
+        assert distance(found[parameter], gradient) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_router_loss_of_a_shared_prompt_counts_it_once(checkpointing: bool) -> None:
+    model = make_routed("mixtral")
+    rows = []
+    for example in EXAMPLES:
+        for number, ids in enumerate(example.response_ids):
+            row = torch.tensor([[*example.prompt_ids, *ids]])
+            start = 0 if number == 0 else len(example.prompt_ids)
+            rows.append([logits[start:] for logits in own_forward(model, input_ids=row).router_logits])
+    all_rows = tuple(torch.cat(layer) for layer in zip(*rows, strict=True))
+    expected = modeling_mixtral.load_balancing_loss_func(all_rows, num_experts=4, top_k=2)
+    expected_gradients = gradients(model, expected)
+    use_shared_prompts(model)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = response_logps(model, pack(EXAMPLES, "shared").to_dict()).router_loss
+    torch.testing.assert_close(loss, expected)
+    found = gradients(model, loss)
+    for parameter, gradient in expected_gradients.items():
+        assert distance(found[parameter], gradient) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_there_is_no_router_loss_but_in_training(name: str) -> None:
+    model = make_routed(name)
+    batch = pack(EXAMPLES, "repeat").to_dict()
+    with torch.no_grad():
+        assert response_logps(model, batch).router_loss is None
+    assert response_logps(model.eval(), batch).router_loss is None
+
+
+def test_the_router_loss_outlives_weights_by_length() -> None:
+    batch = pack(EXAMPLES, "repeat").to_dict()
+    responses = response_logps(make_routed("mixtral"), batch)
+    assert desensitize_length(responses, batch["pairs"], 0.5).router_loss is responses.router_loss
+
+
+def test_a_router_loss_without_gradient_is_refused() -> None:
+    """The forward of a reentrant checkpoint records no gradient, and with it none of the routers."""
+    model = make_routed("mixtral")
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match="use_reentrant"):
+        response_logps(model, pack(EXAMPLES, "repeat").to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("deepseek_v3", {}),
+        ("jamba", {"num_experts": 1}),
+        ("granitemoehybrid", {"num_local_experts": 0}),
+    ],
+)
+def test_models_without_a_router_loss_are_told(name: str, changes: dict) -> None:
+    model = make_model(name, **{**{**SHARING, **REPEATING}[name], **changes})
+    assert not has_router_loss(model)
+    with pytest.raises(ValueError, match="no load-balancing loss"):
+        attach_logps_forward(model, read_architecture(model.config), router_loss=True)

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefkit.config import load_config
 from prefkit.config.errors import UserError
 from prefkit.objectives.pairwise import LOSSES
-from prefkit.runs.report import make_console
-from prefkit.train.run import train
-
-
-def run(config: Path, *overrides: str) -> str:
-    """Train; returns what was printed."""
-    console = make_console(io.StringIO())
-    train(load_config(config, overrides).config, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = adapter(one), adapter(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def read(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
-def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read(folder / "trainer_state.json")["log_history"] if "loss" in line]
+from tests.train.runs import losses, read, run, same, weights
 
 
 def test_a_run_leaves_its_files(write_config, tmp_path: Path, tiny_model: Path) -> None:
@@ -148,8 +119,8 @@ def test_batch_1_x_accumulation_4_is_batch_4(write_config, tmp_path: Path, extra
         )
     for name in ("b", "c"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
-        for key, expected in adapter(tmp_path / "a").items():
-            torch.testing.assert_close(adapter(tmp_path / name)[key], expected, atol=2e-6, rtol=1e-4)
+        for key, expected in weights(tmp_path / "a").items():
+            torch.testing.assert_close(weights(tmp_path / name)[key], expected, atol=2e-6, rtol=1e-4)
 
 
 def test_a_short_last_accumulation_weighs_every_pair_the_same(write_config, tmp_path: Path) -> None:
@@ -422,7 +393,7 @@ def test_two_processes_are_one_with_twice_the_batch(write_config, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    for key, expected in adapter(tmp_path / "one").items():
-        torch.testing.assert_close(adapter(tmp_path / "two")[key], expected, atol=2e-6, rtol=1e-4)
+    for key, expected in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-6, rtol=1e-4)
     a, b = (read(tmp_path / name / "eval_results.json") for name in ("one", "two"))
     assert b["eval_rewards/margins"] == pytest.approx(a["eval_rewards/margins"], rel=1e-4)

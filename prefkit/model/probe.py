@@ -1,0 +1,125 @@
+"""Probe rows: a few rows with the log-probs that a model gave them, to know the model again later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefkit.data.encode import TokenizedExample
+from prefkit.model.adapter import base_of
+from prefkit.model.attention import plain_attention
+from prefkit.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_FILE = "probe.json"
+_ROWS, _MOST_TOKENS = 4, 256
+# How far two computations of a log-prob may be apart, as a mean over tokens, in nats: rounding of the
+# weights that an adapter is merged into, and another order of sums.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows as (prompt ids, response ids), the log-prob of each response token, and the weights' dtype."""
+
+    rows: list[tuple[list[int], list[int]]]
+    token_logps: list[list[float]]
+    dtype: str
+    quantized: bool
+
+    @property
+    def tolerance(self) -> float:
+        """Mean difference per token, in nats, up to which a model counts as the one that was probed."""
+        return TOLERANCE.get(getattr(torch, self.dtype), TOLERANCE[torch.bfloat16])
+
+
+def make_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> Probe:
+    """A probe of the model on the shortest of the examples, the chosen response of each."""
+    shortest = sorted(examples, key=lambda example: example.num_tokens)[:_ROWS]
+    rows = []
+    for example in shortest:
+        response = example.response_ids[example.pairs[0][0]][: _MOST_TOKENS // 2]
+        rows.append((example.prompt_ids[-_MOST_TOKENS // 2 :], response))
+    base = base_of(model)
+    dtype = str(base.dtype).removeprefix("torch.")
+    return Probe(rows, measure(model, rows), dtype, bool(getattr(base, "is_quantized", False)))
+
+
+@torch.no_grad()
+def measure(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+    """Log-prob of each response token of the rows, from the model's own logits."""
+    base: PreTrainedModel = base_of(model)
+    was_training = model.training
+    model.eval()
+    found = []
+    with plain_attention(base):
+        for prompt, response in rows:
+            ids = torch.tensor([[*prompt, *response]], device=base.device)
+            logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            target = torch.tensor(response, device=logps.device)
+            found.append(logps.gather(1, target[:, None])[:, 0].tolist())
+    model.train(was_training)
+    return found
+
+
+def distance(probe: Probe, token_logps: Sequence[Sequence[float]]) -> float:
+    """Mean absolute difference per token from the log-probs of the probe, in nats."""
+    pairs = [
+        (a, b)
+        for one, other in zip(probe.token_logps, token_logps, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def write_probe(probe: Probe, folder: Path) -> None:
+    """Write `probe.json`."""
+    (folder / PROBE_FILE).write_text(json.dumps(asdict(probe)) + "\n", encoding="utf-8")
+
+
+def read_probe(folder: Path) -> Probe | None:
+    """The probe in a folder; None where there is none. Raises `ModelError` when it is damaged."""
+    file = folder / PROBE_FILE
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        rows = [(list(prompt), list(response)) for prompt, response in values.pop("rows")]
+        return Probe(rows=rows, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+
+
+def verify(model: nn.Module, folder: Path, name: str) -> float | None:
+    """How far the model is from what was probed when `folder` was written, in nats per token.
+
+    None where there is nothing to compare: no probe, or one of a model quantised otherwise. Raises
+    `ModelError` when it is another model: its base is not the one that it was trained on, or has changed.
+    """
+    probe = read_probe(folder)
+    base = base_of(model)
+    if probe is None or probe.quantized != bool(getattr(base, "is_quantized", False)):
+        return None
+    if (
+        max(max(prompt + response) for prompt, response in probe.rows)
+        >= base.config.get_text_config().vocab_size
+    ):
+        raise ModelError(f"{name}: {base.name_or_path} has fewer tokens than the model it was trained on")
+    apart = distance(probe, measure(model, probe.rows))
+    tolerance = max(probe.tolerance, TOLERANCE.get(base.dtype, 0.0))
+    if not apart <= tolerance:
+        raise ModelError(
+            f"{name} on {base.name_or_path} is not the model that was trained: the log-probs of its probe "
+            f"rows ({PROBE_FILE}) are {apart:.2g} nats per token away (tolerance {tolerance:g}). Either this "
+            "is another base than the one it was trained on, or a file of the base or adapter has changed. "
+            f"Without {PROBE_FILE} nothing is compared."
+        )
+    return apart

@@ -1,0 +1,187 @@
+"""Log-probs of the reference kept on disk, so that a row is computed once for all epochs, runs and losses.
+
+A folder holds the log-probs under one reference: its name is the hash of all that they depend on but the
+row, `facts.json` says it in words. A row's key is the hash of its token ids, in which template and
+truncation have had their say. A file of rows is written once and named by the hash of what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.packing import Layout, pack
+from prefkit.model.reference import Reference
+from prefkit.objectives.logps import ResponseLogps, sum_by_response
+
+if TYPE_CHECKING:
+    from prefkit.data.dataset import Track
+
+Say = Callable[[str], None]
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of all caches: below `cache_dir`, else where the user's caches are."""
+    if cache_dir:
+        return Path(cache_dir).expanduser() / "prefkit-reference"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "prefkit" / "reference"
+
+
+class LogpsStore:
+    """Token log-probs of rows, by key, on disk and in memory; `say` tells the user what is wrong with it.
+
+    Several processes may write to one folder: each file is written aside and renamed.
+    """
+
+    def __init__(self, root: Path, facts: dict[str, Any], say: Say) -> None:
+        text = json.dumps(facts, sort_keys=True, indent=1)
+        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+        self.say = say
+        self._rows: dict[str, Tensor] = {}
+        self._fresh: set[str] = set()
+        self._read: set[str] = set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "facts.json").write_text(text + "\n", encoding="utf-8")
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def get(self, key: str) -> Tensor:
+        """Log-probs of the response tokens of a row, (T,) in fp32."""
+        return self._rows[key]
+
+    def put(self, key: str, token_logps: Tensor) -> None:
+        """Keep a row; `flush` writes it."""
+        self._rows[key] = token_logps.detach().to("cpu", torch.float32, copy=True)
+        self._fresh.add(key)
+
+    def flush(self) -> None:
+        """Write the rows put since the last time."""
+        if not self._fresh:
+            return
+        keys = sorted(self._fresh)
+        rows = [self._rows[key] for key in keys]
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        raw_keys = torch.tensor([list(bytes.fromhex(key)) for key in keys], dtype=torch.uint8)
+        tensors = {"keys": raw_keys, "ends": ends, "token_logps": torch.cat(rows)}
+        digest = _digest(tensors)
+        file = self.folder / f"{digest[:24]}.safetensors"
+        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file(tensors, scratch, {"sha256": digest})
+        scratch.replace(file)
+        self._read.add(file.name)
+        self._fresh = set()
+
+    def refresh(self) -> None:
+        """Read the files that came since the last time; a damaged one is removed, its rows come anew."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            if file.name in self._read:
+                continue
+            self._read.add(file.name)
+            try:
+                tensors = _load(file)
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                self.say(f"Reference cache: {file} is damaged ({error}); its rows are computed again.")
+                file.unlink(missing_ok=True)
+                continue
+            starts = [0, *tensors["ends"].tolist()]
+            for number, key in enumerate(tensors["keys"].tolist()):
+                self._rows[bytes(key).hex()] = tensors["token_logps"][starts[number] : starts[number + 1]]
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    with safe_open(str(file), "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in ("keys", "ends", "token_logps")}
+        promised = (stored.metadata() or {}).get("sha256")
+    if _digest(tensors) != promised:
+        raise ValueError("wrong hash")
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CachedReference:
+    """A reference that is asked once for each row.
+
+    `reference` computes what the store lacks; None where everything was computed beforehand, and the
+    reference is not in memory.
+    """
+
+    def __init__(
+        self, store: LogpsStore, reference: Reference | None, description: str, is_initial_policy: bool
+    ) -> None:
+        self.store = store
+        self.reference = reference
+        self.description = description
+        self.is_initial_policy = is_initial_policy
+
+    def describe(self) -> str:
+        """Which weights the reference is, in words for the log."""
+        return self.description
+
+    def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
+        """Log-probs of the batch's responses: those of the store, or computed and put there."""
+        keys = batch["keys"]
+        if all(key in self.store for key in keys):
+            token_logps = torch.cat([self.store.get(key) for key in keys]).to(batch["owner"].device)
+            return sum_by_response(token_logps, batch["owner"], batch["pairs"].numel())
+        if self.reference is None:
+            missing = next(row for row, key in zip(batch["rows"], keys, strict=True) if key not in self.store)
+            raise RuntimeError(f"the reference cache has no log-probs of {missing}")
+        responses = self.reference.logps(model, batch)
+        _put(self.store, batch, responses)
+        return responses
+
+
+def _put(store: LogpsStore, batch: dict[str, Any], responses: ResponseLogps) -> None:
+    """Store each example's part of the batch's token log-probs."""
+    parts = responses.token_logps.split(list(batch["num_targets"]))
+    for key, part in zip(batch["keys"], parts, strict=True):
+        if key not in store:
+            store.put(key, part)
+
+
+def fill(
+    store: LogpsStore,
+    examples: Sequence[TokenizedExample],
+    compute: Callable[[dict[str, Any]], ResponseLogps],
+    layout: Layout,
+    max_tokens: int,
+    track: Track,
+) -> None:
+    """Compute and write what the store lacks of the examples, at most `max_tokens` at a time or one row."""
+    batches = list(_by_tokens([example for example in examples if example.key not in store], max_tokens))
+    for batch in track(batches, "reference log-probs"):
+        packed = pack(batch, layout).to_dict()
+        _put(store, packed, compute(packed))
+    store.flush()
+
+
+def _by_tokens(examples: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
+    batch: list[TokenizedExample] = []
+    total = 0
+    for example in sorted(examples, key=lambda example: example.num_tokens):
+        if batch and total + example.num_tokens > max_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(example)
+        total += example.num_tokens
+    if batch:
+        yield batch

@@ -1,0 +1,98 @@
+"""Which weights of a model are trained, and in which numbers: adapter, some layers, or all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prefkit.config.schema import ModelConfig, TuningConfig
+from prefkit.model.adapter import add_lora, start_from_adapters
+from prefkit.model.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def prepare_for_training(
+    model: PreTrainedModel,
+    model_config: ModelConfig,
+    config: TuningConfig,
+    resized: bool,
+    mixed_precision: bool,
+) -> PreTrainedModel | PeftModel:
+    """The policy: the right weights trainable, and these in fp32 unless `pure_bf16`.
+
+    Without `mixed_precision` one forward cannot mix number formats, so that for freeze the frozen weights
+    are fp32 as well. Raises `ModelError` for modules or adapters that are not there.
+    """
+    if config.finetuning_type == "lora":
+        started = start_from_adapters(model, model_config, config.create_new_adapter)
+        adapted = bool(model_config.adapter_name_or_path) and not config.create_new_adapter
+        policy: PreTrainedModel | PeftModel = started if adapted else add_lora(started, config, resized)  # type: ignore[arg-type]
+    else:
+        if config.finetuning_type == "freeze":
+            _train_only(model, freeze_names(model, config))
+        policy = model
+    _set_dtypes(policy, config, mixed_precision)
+    return policy
+
+
+def _set_dtypes(policy: PreTrainedModel | PeftModel, config: TuningConfig, mixed_precision: bool) -> None:
+    dtype = torch.bfloat16 if config.pure_bf16 else torch.float32
+    whole = config.pure_bf16 or (config.finetuning_type == "freeze" and not mixed_precision)
+    # Modules beside an adapter get what the layers before them put out, in the dtype of the base.
+    in_base_dtype = config.finetuning_type == "lora" and not mixed_precision
+    for name, weights in policy.named_parameters():
+        trained = weights.requires_grad and ("lora_" in name or not in_base_dtype)
+        if weights.is_floating_point() and (trained or whole):
+            weights.data = weights.data.to(dtype)
+
+
+def freeze_names(model: PreTrainedModel, config: TuningConfig) -> set[str]:
+    """Names of the parameters that `freeze` trains."""
+    prefix, num_layers = _find_layers(model)
+    count = config.freeze_trainable_layers
+    if abs(count) > num_layers:
+        raise ModelError(f"freeze_trainable_layers: the model has {num_layers} layers, not {abs(count)}")
+    chosen = range(num_layers - count, num_layers) if count > 0 else range(-count)
+    inside: dict[str, str] = {}  # parameter -> its path below the layer
+    outside: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        number, _, path = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            outside[name] = name
+        elif int(number) in chosen:
+            inside[name] = path
+    trained = set()
+    for module in config.freeze_trainable_modules if chosen else ():
+        trained |= set(inside) if module == "all" else _below("freeze_trainable_modules", module, inside)
+    for module in config.freeze_extra_modules:
+        trained |= _below("freeze_extra_modules", module, outside)
+    return trained
+
+
+def _below(key: str, module: str, paths: dict[str, str]) -> set[str]:
+    """Parameters with `module` in their path."""
+    found = {name for name, path in paths.items() if module in path.split(".")[:-1]}
+    if not found:
+        known = sorted({part for path in paths.values() for part in path.split(".")[:-1]})
+        raise ModelError(f"{key}: no module named {module}; there are {', '.join(known)}")
+    return found
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, int]:
+    """(prefix of the names in the decoder's layers, how many there are)."""
+    number = model.config.get_text_config().num_hidden_layers
+    decoder = set(model.get_decoder().modules())  # not the layers of a vision tower
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number and module in decoder:
+            return f"{name}.", number
+    raise ModelError(f"finetuning_type: freeze finds no list of {number} layers in {type(model).__name__}")
+
+
+def _train_only(model: PreTrainedModel, names: set[str]) -> None:
+    for name, weights in model.named_parameters():
+        weights.requires_grad_(name in names)

@@ -1,0 +1,159 @@
+"""From a run, an adapter, a model or a YAML to a model that is ready for use, as it was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefkit.config.checks import Rules
+from prefkit.config.errors import UserError
+from prefkit.config.load import LoadedConfig, load_config, load_use_config
+from prefkit.config.schema import UseConfig
+from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prefkit.data.template import ChatTemplate
+    from prefkit.serve.assistant import Assistant
+
+# What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
+_TEMPLATE = ("template", "default_system", "enable_thinking", "preserve_thinking")
+_ADAPTED = ("rope_scaling", "cutoff_len", "add_tokens", "add_special_tokens", "resize_vocab")
+
+
+def read_use_config(source: str | None, overrides: Sequence[str], rules: Rules) -> LoadedConfig[UseConfig]:
+    """The config of a use: `source` is a YAML or JSON file, the folder of a run, adapter or model, or the
+    Hugging Face id of a model.
+
+    A run's folder says which base, adapters, template and thinking mode it was trained with; what is
+    written or overridden holds instead. Raises `ConfigError`, and `UserError` for a folder of neither.
+    """
+    if source is not None and "=" in source:
+        overrides = [source, *overrides]
+        source = None
+    file = source if source and Path(source).is_file() else None
+    if source and file is None and re.search(r"\.(ya?ml|json)$", source):
+        raise UserError(f"{source} does not exist")
+    defaults = _defaults_of(source) if source and file is None else {}
+    loaded = load_use_config(file, overrides, defaults, rules)
+    model = loaded.config.model
+    last = model.adapter_name_or_path[-1] if model.adapter_name_or_path else model.model_name_or_path
+    recorded = _usage(Path(last)) if Path(last).is_dir() else {}
+    return load_use_config(file, overrides, {**recorded, **defaults}, rules)
+
+
+def _defaults_of(source: str) -> dict[str, Any]:
+    """Model and adapters of a folder or id."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return {"model_name_or_path": source}
+    if not (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{source} holds neither a model (config.json) nor an adapter (adapter_config.json)"
+            )
+        return {"model_name_or_path": source}
+    record = read_record(folder)
+    if record is None:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return {
+            "model_name_or_path": config.get("base_model_name_or_path"),
+            "adapter_name_or_path": [source],
+        }
+    below = record.get("adapters_below", [])
+    return {"model_name_or_path": record["base_model"], "adapter_name_or_path": [*below, source]}
+
+
+def _usage(folder: Path) -> dict[str, Any]:
+    """How the model in a run's folder, or exported from one, is to be used; empty for other folders."""
+    if (folder / CONFIG_FILE).is_file():
+        config = load_config(folder / CONFIG_FILE).config
+        names: tuple[str, ...] = _TEMPLATE
+        if config.tuning.finetuning_type == "lora":
+            names += _ADAPTED  # a model saved whole carries these itself
+        return {name: _plain(config.value(name)) for name in names}
+    record = read_record(folder) if (folder / RECORD_FILE).is_file() else None
+    return {name: record["usage"][name] for name in _TEMPLATE} if record and "usage" in record else {}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def usage_of(config: UseConfig) -> dict[str, Any]:
+    """What an exported model's record says of its use."""
+    return {name: getattr(config.data, name) for name in _TEMPLATE}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its adapters merged but for the last, which stays one; `proof` says in nats per token
+    how far it is from the probe of its training, None where there is nothing to compare."""
+
+    model: Any
+    template: ChatTemplate
+    proof: float | None
+
+
+def load_model(config: UseConfig) -> LoadedModel:
+    """Read what a `UseConfig` names and check it against the probe rows of its training.
+
+    Raises `ModelError` when something is missing or is not what was trained.
+    """
+    from prefkit.model.adapter import start_from_adapters
+    from prefkit.model.load import fit_vocabulary, load_causal_lm, load_tokenizer
+    from prefkit.model.probe import verify
+
+    tokenizer = load_tokenizer(config.model)
+    template = make_template(config, tokenizer)
+    base = load_causal_lm(config.model, config.data.cutoff_len, config.model.quantization_bit)
+    fit_vocabulary(base, tokenizer, config.model)
+    base.generation_config.eos_token_id = _end_ids(base, tokenizer)
+    model: Any = start_from_adapters(base, config.model, create_new=False)
+    model.requires_grad_(False)
+    model.eval()
+    name = (config.model.adapter_name_or_path or (config.model.model_name_or_path,))[-1]
+    proof = verify(model, Path(name), name)
+    return LoadedModel(model, template, proof)
+
+
+def make_template(config: UseConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template, put into the tokenizer."""
+    from prefkit.data.template import ChatTemplate
+
+    data = config.data
+    template = ChatTemplate(
+        tokenizer,
+        data.template,
+        default_system=data.default_system,
+        enable_thinking=data.enable_thinking,
+        preserve_thinking=data.preserve_thinking,
+    )
+    template.install()
+    return template
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the model's own tokens, and the one that ends a turn of the template."""
+    own = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(i for i in ids if i is not None)
+
+
+def load_assistant(config: UseConfig) -> Assistant:
+    """A model to talk to."""
+    import torch
+
+    from prefkit.serve.assistant import Assistant
+
+    loaded = load_model(config)
+    model = config.model
+    name = (model.adapter_name_or_path or (model.model_name_or_path,))[-1]
+    if model.quantization_bit is None:
+        loaded.model.to(torch.accelerator.current_accelerator() or "cpu")
+    return Assistant(loaded.model, loaded.template, Path(name).name, bool(model.adapter_name_or_path))

@@ -1,0 +1,105 @@
+"""The policy of a run: model, adapters, what is trained, and the layout of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from prefkit.config.errors import UserError
+from prefkit.config.schema import ModelConfig, RunConfig
+from prefkit.data.packing import Layout
+from prefkit.model.adapter import base_of
+from prefkit.model.architecture import Architecture, read_architecture
+from prefkit.model.attention import use_shared_prompts
+from prefkit.model.load import fit_vocabulary, load_causal_lm
+from prefkit.model.policy import attach_logps_forward, has_router_loss
+from prefkit.model.probe import verify
+from prefkit.model.tuning import prepare_for_training
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is trained, ready for packed batches in `layout`, and what is known of it.
+
+    `compute_dtype` is the number format of its forward.
+    """
+
+    model: PreTrainedModel | PeftModel
+    architecture: Architecture
+    layout: Layout
+    compute_dtype: torch.dtype
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model under the adapter."""
+        return base_of(self.model)
+
+
+def build_policy(
+    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> Policy:
+    """Load and prepare the policy. Raises `ModelError` for what the model cannot do."""
+    base = load_causal_lm(config.model, config.data.cutoff_len, config.model.quantization_bit)
+    resized = fit_vocabulary(base, tokenizer, config.model)
+    if resized:
+        say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
+    model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
+    if config.model.adapter_name_or_path and not config.tuning.create_new_adapter:
+        last = config.model.adapter_name_or_path[-1]
+        verify(model, Path(last), last)
+    if not config.training.get("do_train"):
+        model.requires_grad_(False)
+    architecture, layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
+    policy = Policy(model, architecture, layout, _compute_dtype(model, args))
+    _tell_weights(policy, say)
+    return policy
+
+
+def prepare_for_batches(
+    base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say
+) -> tuple[Architecture, Layout]:
+    """Make a model take packed batches. Raises `UserError` where it cannot as the config wants it."""
+    architecture = read_architecture(base.config)
+    layout = architecture.choose_layout(config.batch_layout, cutoff_len)
+    if layout == "shared":
+        use_shared_prompts(base, config.flash_attn)
+    why = architecture.find_obstacle(cutoff_len) or "as batch_layout says"
+    told = "a prompt is computed once for its responses" if layout == "shared" else f"not shared: {why}"
+    say(f"Batches: {layout} layout ({told}).")
+    if architecture.logits is None:
+        say(f"The head of {architecture.name} is not known: all logits are held in memory.")
+    if config.moe_aux_loss_coef and not has_router_loss(base):
+        raise UserError(f"moe_aux_loss_coef: {architecture.name} has no load-balancing loss: remove the key")
+    attach_logps_forward(base, architecture, router_loss=bool(config.moe_aux_loss_coef))
+    return architecture, layout
+
+
+def _tell_weights(policy: Policy, say: Say) -> None:
+    trainable = sum(weights.numel() for weights in policy.model.parameters() if weights.requires_grad)
+    total = sum(weights.numel() for weights in policy.model.parameters())
+    formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}"])
+    say(f"Training {trainable:,} of {total:,} weights ({formats}).".replace("torch.", ""))
+
+
+def _dtypes(model: torch.nn.Module) -> set[str]:
+    return {
+        f"{'trained' if weights.requires_grad else 'frozen'} in {weights.dtype}"
+        for weights in model.parameters()
+    }
+
+
+def _compute_dtype(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> torch.dtype:
+    """The dtype of the forward: that of mixed precision, else of the base weights."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return base_of(model).dtype

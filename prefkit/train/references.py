@@ -1,0 +1,212 @@
+"""The reference of a run: which weights it is, and whether its log-probs are kept on disk."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+
+from prefkit.config.errors import UserError
+from prefkit.config.schema import ModelConfig, RunConfig
+from prefkit.data.dataset import Pairs, Track
+from prefkit.model.adapter import find_adapter, freeze_initial, merge_adapters
+from prefkit.model.architecture import batch_dependence
+from prefkit.model.fingerprint import fingerprint
+from prefkit.model.load import find_model, fit_vocabulary, load_causal_lm
+from prefkit.model.policy import response_logps
+from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fill
+from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter, Reference
+from prefkit.objectives.logps import ResponseLogps
+from prefkit.objectives.pairwise import LOSSES
+from prefkit.runs.record import merged_adapters
+from prefkit.train.policy import Policy, Say, prepare_for_batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """sha256 of each model and adapter that the run starts from, by its name in the YAML."""
+    found = {config.model.model_name_or_path: fingerprint(find_model(config.model))}
+    if config.reference.ref_model:
+        found[config.reference.ref_model] = fingerprint(find_model(_ref_model_config(config)))
+    for path in (*config.model.adapter_name_or_path, *config.reference.ref_model_adapters):
+        found[path] = fingerprint(find_adapter(path, config.model))
+    return found
+
+
+@dataclass(frozen=True)
+class ReferenceBuilder:
+    """What the reference of a run is made from."""
+
+    config: RunConfig
+    args: TrainingArguments
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Pairs
+    weights: dict[str, str]
+    say: Say
+    track: Track
+
+    def build(self) -> Reference | None:
+        """The reference; None where the loss has none. The policy must not have been trained yet."""
+        if not LOSSES[self.config.method.pref_loss].needs_reference:
+            self.say(f"Reference: none: {self.config.method.pref_loss} does not use one.")
+            return None
+        reference = self._with_cache() if self._wants_cache() else self._choose()
+        self.say(f"Reference: {reference.describe()}.")
+        return reference
+
+    def _choose(self) -> Reference:
+        """The reference without a cache."""
+        config, model = self.config, self.policy.model
+        if config.reference.ref_model and not self._is_own_base():
+            return self._load_model()
+        if config.tuning.finetuning_type != "lora":
+            name = f"a frozen copy of {config.model.model_name_or_path}"
+            frozen = copy.deepcopy(model).to(self.args.device)  # type: ignore[arg-type]
+            return FrozenModel(frozen, name, True, self._autocast)
+        adapted: PeftModel = model  # type: ignore[assignment]
+        goes_on = bool(config.model.adapter_name_or_path) and not config.tuning.create_new_adapter
+        if config.reference.ref_model or not config.training.get("do_train"):
+            return AdapterOff(adapted, is_initial_policy=not goes_on)
+        if goes_on or config.tuning.pissa_init:
+            freeze_initial(adapted)
+            name = config.model.adapter_name_or_path[-1] if goes_on else "the adapter that pissa_init made"
+            return InitialAdapter(adapted, name)
+        return AdapterOff(adapted)
+
+    def _is_own_base(self) -> bool:
+        """Whether `ref_model` is what the policy is with its adapter switched off."""
+        reference, model, tuning = self.config.reference, self.config.model, self.config.tuning
+        num_merged = len(model.adapter_name_or_path) - (not tuning.create_new_adapter)
+        untouched = num_merged <= 0 and not tuning.pissa_init
+        same = self.weights[reference.ref_model or ""] == self.weights[model.model_name_or_path]
+        plain = not reference.ref_model_adapters and reference.ref_model_quantization_bit is None
+        return same and plain and untouched and model.quantization_bit is None
+
+    def _load_model(self) -> FrozenModel:
+        """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
+        config, own = self.config, self.config.reference
+        model_config = replace(_ref_model_config(config), batch_layout=self.policy.layout)
+        model = load_causal_lm(model_config, config.data.cutoff_len, own.ref_model_quantization_bit)
+        fit_vocabulary(model, self.tokenizer, model_config)
+        model = merge_adapters(model, own.ref_model_adapters, model_config)
+        try:
+            prepare_for_batches(model, model_config, config.data.cutoff_len, lambda text: None)
+        except UserError as error:
+            raise UserError(f"ref_model: {error}; write batch_layout: repeat") from error
+        return FrozenModel(model.to(self.args.device), self._model_name(), False, self._autocast)  # type: ignore[arg-type]
+
+    def _model_name(self) -> str:
+        own = self.config.reference
+        return " with ".join([str(own.ref_model), *own.ref_model_adapters])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.args.bf16 or self.args.fp16:
+            return torch.autocast(self.args.device.type, self.policy.compute_dtype)
+        return nullcontext()
+
+    def _wants_cache(self) -> bool:
+        """Whether rows are seen more than once, or the YAML says so."""
+        wanted = self.config.reference.ref_cache
+        why_not = batch_dependence(self.policy.base.config, self.config.data.cutoff_len)
+        if why_not and wanted:
+            raise UserError(f"ref_cache: {why_not}: remove it")
+        if wanted is not None or why_not or not self.config.training.get("do_train"):
+            return bool(wanted)
+        args = self.args
+        if args.max_steps <= 0:
+            return args.num_train_epochs > 1
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.max_steps * per_step > len(self.pairs.train)
+
+    def _with_cache(self) -> CachedReference:
+        store = LogpsStore(cache_root(self.config.model.cache_dir), self._facts(), self.say)
+        examples = [*self.pairs.train, *self.pairs.held_out]
+        missing = sum(example.key not in store for example in examples)
+        found = f"Reference cache: {len(examples) - missing} of {len(examples)} rows found in {store.folder}"
+        self.say(f"{found}." if not missing else f"{found}; {missing} are computed and kept there.")
+        if self.config.tuning.finetuning_type == "lora" and not self._needs_model():
+            inner = self._choose()
+            return CachedReference(store, inner, f"{inner.describe()}, cached", inner.is_initial_policy)
+        return self._computed_beforehand(store, examples)
+
+    def _needs_model(self) -> bool:
+        return bool(self.config.reference.ref_model) and not self._is_own_base()
+
+    def _computed_beforehand(self, store: LogpsStore, examples: list[Any]) -> CachedReference:
+        """All log-probs at once, by a model that is then let go, or by the policy while it is still that."""
+        name = f"a frozen copy of {self.config.model.model_name_or_path}"
+        is_initial = True
+        compute = self._initial_logps
+        rank, size = self.args.process_index, self.args.world_size
+        if any(example.key not in store for example in examples):
+            if self._needs_model():
+                model = self._load_model()
+                compute = partial(self._logps_of, model)
+            budget = self.args.per_device_train_batch_size * self.config.data.cutoff_len
+            fill(store, examples[rank::size], compute, self.policy.layout, budget, self.track)
+        PartialState().wait_for_everyone()
+        store.refresh()
+        if self._needs_model():
+            name, is_initial = self._model_name(), False
+        return CachedReference(store, None, f"{name}, cached (not in memory)", is_initial)
+
+    def _initial_logps(self, batch: dict[str, Any]) -> ResponseLogps:
+        """Of the policy, which is not trained yet."""
+        model = self.policy.model.to(self.args.device)  # type: ignore[arg-type]
+        with torch.no_grad(), self._autocast():
+            return response_logps(model, send_to_device(batch, self.args.device))
+
+    def _logps_of(self, reference: FrozenModel, batch: dict[str, Any]) -> ResponseLogps:
+        return reference.logps(reference.model, send_to_device(batch, self.args.device))
+
+    def _facts(self) -> dict[str, Any]:
+        """All that the log-probs of a row depend on, the row left out."""
+        config = self.config
+        names = (
+            *("dtype", "rope_scaling", "flash_attn", "quantization_bit", "quantization_type"),
+            *("finetuning_type", "create_new_adapter", "do_train"),
+        )
+        facts: dict[str, Any] = {name: config.value(name) for name in names}
+        ref = config.reference
+        paths: list[str] = [config.model.model_name_or_path, *config.model.adapter_name_or_path]
+        num_merged = len(merged_adapters(config))
+        if ref.ref_model:
+            paths = [ref.ref_model, *ref.ref_model_adapters]
+            num_merged = len(ref.ref_model_adapters)
+        facts |= {
+            "num_merged": num_merged,
+            "weights": [self.weights[path] for path in paths],
+            "ref_model_quantization_bit": ref.ref_model_quantization_bit,
+            "compute_dtype": str(self.policy.compute_dtype),
+            "layout": self.policy.layout,
+            "device": self.args.device.type,
+        }
+        if config.model.rope_scaling:
+            facts["cutoff_len"] = config.data.cutoff_len
+        if config.tuning.pissa_init:
+            shape = ("pissa_iter", "lora_rank", "lora_alpha", "lora_target", "use_rslora", "seed")
+            facts["pissa"] = {name: config.value(name) for name in shape}
+        if config.model.resize_vocab or config.model.add_tokens or config.model.add_special_tokens:
+            facts["new_rows"] = [config.value(name) for name in ("add_tokens", "add_special_tokens", "seed")]
+        return facts
+
+
+def _ref_model_config(config: RunConfig) -> ModelConfig:
+    """The config of the model, for the reference instead."""
+    return replace(
+        config.model,
+        model_name_or_path=config.reference.ref_model or "",
+        model_revision="main",
+        adapter_name_or_path=(),
+        moe_aux_loss_coef=None,
+    )
