@@ -167,51 +167,58 @@ CURVES = {
 
 
 class Watch(TrainerCallback):
-    """Starts the measurement with the second step, and keeps when each gradient was made."""
+    """Of three steps, the first makes the optimiser's state, the second shows the resident set and the third
+    is recorded by the profiler, which needs memory of its own."""
 
-    def __init__(self, memory: PeakMemory) -> None:
-        self.memory = memory
-        self.gradients: list[tuple[int, int]] = []  # (clock, bytes)
+    def __init__(self) -> None:
+        self.memory = PeakMemory()
+        self.resident = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            self.memory.restart()
             restart_resident_peak()
+        if state.global_step == 2:
+            self.memory.__enter__()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.gradients = self.memory.births(p.grad for p in model.parameters() if p.grad is not None)
+        if state.global_step == 2:
+            self.memory.tag(p.grad for p in model.parameters() if p.grad is not None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.resident = resident_peak()
+        if state.global_step == 3:
+            self.memory.__exit__(None, None, None)
 
 
 def measure(point: Point, scratch: Path) -> dict[str, int]:
-    """Bytes of the second optimiser step: the parts that make up the peak, and the resident set."""
+    """Bytes: the parts that make up the peak of a step, and the resident set."""
     libraries = resident_bytes()
     trainer = make_trainer(point, scratch)
     reference, base = trainer.stage.reference, base_of(trainer.model)
     copy = bytes_of(reference.model.parameters()) if isinstance(reference, FrozenModel) else 0
     weights = bytes_of(tensors_in_memory()) - copy
-    memory = PeakMemory()
-    watch = Watch(memory)
+    watch = Watch()
     trainer.add_callback(watch)
-    with memory:
-        trainer.train()
+    trainer.train()
+    memory = watch.memory
     state = bytes_of(tensor for values in trainer.optimizer.state.values() for tensor in values.values())
-    gradients = sum(size for birth, size in watch.gradients if birth <= memory.peak_at)
     rows = [base.get_input_embeddings().weight, base.get_output_embeddings().weight]
     return {
         "weights": weights,
         "embedding_and_head": bytes_of(rows),
         "second_copy": copy,
         "optimiser": state,
-        "gradients": gradients,
-        "activations": memory.peak - state - gradients,
-        "peak": weights + copy + memory.peak,
-        "resident": resident_peak(),
+        "gradients": memory.tagged,
+        "activations": memory.peak - memory.tagged,
+        "peak": weights + copy + state + memory.peak,
+        "resident": watch.resident,
         "libraries": libraries,
     }
 
 
 def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
-    """The trainer of a run over random pairs, for two optimiser steps."""
+    """The trainer of a run over random pairs, for three optimiser steps."""
     set_seed(0)
     config = make_config(point, scratch)
     args = make_training_arguments(config)
@@ -219,7 +226,7 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
     policy = build_policy(config, args, tokenizer, lambda text: None)
     if point.all_logits:
         policy.base.forward = MethodType(all_logits_forward, policy.base)
-    number = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    number = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     train = [make_pair(point.tokens, policy.base.config.vocab_size, i) for i in range(number)]
     hashes = fingerprints(config)
     reference = ReferenceBuilder(
@@ -253,7 +260,7 @@ def make_config(point: Point, scratch: Path) -> RunConfig:
         "cache_dir": str(scratch),
         "output_dir": str(scratch / "out"),
         "per_device_train_batch_size": point.pairs,
-        "max_steps": 2,
+        "max_steps": 3,
         "save_strategy": "no",
         "report_to": "none",
         **point.keys,

@@ -1,70 +1,94 @@
-"""Peak memory of tensors, counted operation by operation, and resident memory as the system sees it."""
+"""Peak memory of a block of code: blocks of torch's allocator, exactly, and the resident set of the process."""
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+# The profiler tells each start and each release of older memory.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_TAG = "peak memory: tag"
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors that operations in the block made and that lived at one time.
+class PeakMemory:
+    """The most bytes that torch's CPU allocator had given out at one time within the block.
 
-    A storage counts once, however many tensors view it, from the operation that makes it to its release.
-    Other load on the machine changes nothing. Tensors from before the block and what a kernel allocates and
-    frees within one operation are not seen.
+    Every allocation and release that torch's profiler saw is replayed, so that scratch memory of kernels
+    counts, other load on the machine does not, and the code runs as it does unmeasured. What was
+    allocated before the block does not count, nor does what a library gets by itself (oneDNN, MKL).
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.clock = self.peak_at = 0  # operations so far, and those when the peak was reached
-        self._births: dict[int, tuple[int, int]] = {}  # storage -> (clock, bytes)
+        self.peak = 0  # bytes
+        self.tagged = 0  # bytes, at the peak, of the tensors given to `tag`
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._tagged: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_storage(x)._cdata for x in _tensors_of((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        self.clock += 1
-        for tensor in _tensors_of(result):
-            storage = _storage(tensor)
-            key = storage._cdata
-            if key not in before and key not in self._births:
-                self._births[key] = (self.clock, storage.nbytes())
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._forget, key).atexit = False
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.clock
-        return result
+    def __enter__(self) -> PeakMemory:
+        self._profile.__enter__()
+        return self
 
-    def _forget(self, key: int) -> None:
-        self.live -= self._births.pop(key)[1]
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        self._replay()
 
-    def restart(self) -> None:
-        """Look for the peak from here on."""
-        self.peak, self.peak_at = self.live, self.clock
+    def tag(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tell these tensors, which live now, apart from others at the peak. Once in a block."""
+        self._tagged = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        with record_function(_TAG):
+            pass
 
-    def births(self, tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-        """(clock when it was made, bytes) of each storage under these tensors that was made in the block."""
-        keys = {_storage(tensor)._cdata for tensor in tensors}
-        return [self._births[key] for key in keys if key in self._births]
+    def _replay(self) -> None:
+        live: dict[int, tuple[int, int]] = {}  # address -> (event, bytes)
+        total = peak_at = 0
+        tagged: list[tuple[int, int]] = []
+        for number, event in enumerate(_events(self._profile)):
+            if event.tag != _EventType.Allocation:
+                tagged = [live[address] for address in self._tagged if address in live]
+                continue
+            address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+            if size > 0:
+                live[address] = number, size
+                total += size
+            else:
+                total -= live.pop(address, (0, 0))[1]
+            if total > self.peak:
+                self.peak, peak_at = total, number
+        self.tagged = sum(size for number, size in tagged if number <= peak_at)
+
+
+def _events(profiled: profile) -> list[Any]:
+    """Allocations, releases (of negative size) and tags, in order."""
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    found, nodes = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.tag == _EventType.Allocation or node.name == _TAG:
+            found.append(node)
+    return sorted(found, key=lambda node: node.start_time_ns)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages under these tensors, each counted once."""
-    return sum({_storage(x)._cdata: _storage(x).nbytes() for x in tensors}.values())
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def tensors_in_memory() -> list[torch.Tensor]:
-    """Every tensor that Python can reach, constants of quantised weights among them."""
+def tensors_in_memory() -> Iterator[torch.Tensor]:
+    """Every tensor that Python can reach, the constants of quantised weights among them."""
     gc.collect()
-    return [it for it in gc.get_objects() if issubclass(type(it), torch.Tensor)]
+    return (it for it in gc.get_objects() if issubclass(type(it), torch.Tensor))
 
 
 def resident_bytes() -> int:
@@ -78,13 +102,5 @@ def restart_resident_peak() -> None:
 
 
 def resident_peak() -> int:
-    """Largest resident set of this process since the start or the last restart, bytes."""
+    """Largest resident set of this process since its start or the last restart, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    return tensor.untyped_storage()

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from prefkit.config import load_config
+from prefkit.config import load_config, load_use_config
+from prefkit.config.checks import EXPORT, TALKING
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+USE = ROOT / "examples" / "use.yaml"
+EXAMPLES = sorted({*(ROOT / "examples").glob("*.yaml")} - {USE})
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -27,8 +29,16 @@ def test_example_trains(
     loaded = load_config(file, overrides)
     assert all("without effect" in warning for warning in loaded.warnings)
     train(loaded.config, make_console(io.StringIO()))
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    weights = "model" if loaded.config.tuning.finetuning_type == "full" else "adapter_model"
+    assert (tmp_path / "out" / f"{weights}.safetensors").is_file()
     assert (tmp_path / "out" / "eval_results.json").is_file()
+
+
+def test_the_example_of_use_takes_every_verb() -> None:
+    for rules, keys in ((TALKING, []), (EXPORT, ["export_dir=x"])):
+        loaded = load_use_config(USE, keys, {}, rules)
+        assert loaded.config.model.adapter_name_or_path == ("saves/dpo",)
+        assert all(warning.startswith("not used here") for warning in loaded.warnings)
 
 
 def test_there_is_one_for_each_loss() -> None:

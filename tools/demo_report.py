@@ -37,7 +37,7 @@ def main() -> None:
     print(f"Short answers (at most {MAX_WORDS} words) to {total} held-out prompts:")
     for name, number in (("before", before), ("after", after)):
         print(f"  {name:7}{number:3}  {'#' * number}{'.' * (total - number)}")
-    print(f'Ask it yourself:  .venv/bin/python tools/ask.py {folder} "Why do leaves fall in autumn?"')
+    print(f"Talk to it:  .venv/bin/prefkit chat {folder}  (/compare shows the answers before and after)")
 
 
 if __name__ == "__main__":

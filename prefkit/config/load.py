@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .checks import TRAINING, Rules, find_errors, find_warnings
-from .errors import ConfigError, Problem
+from .errors import ConfigError, Problem, is_secret
 from .foreign import FOREIGN
 from .schema import GROUPS, KEYS, WARMUP_RATIO, RunConfig, UseConfig, keys_of
 from .source import Entry, read_file, read_overrides
@@ -44,7 +44,7 @@ def load_use_config(
 ) -> LoadedConfig[UseConfig]:
     """The same for a model that is exported or talked to; `defaults` hold where nothing else is written.
 
-    Keys that only concern training or another use are checked, and named as not used.
+    Keys that only concern training are not read, and named as not used.
     """
     return _load(Path(path) if path else None, overrides, defaults, rules, UseConfig)
 
@@ -61,7 +61,9 @@ def _load(
     entries += more_entries
     problems += more_problems
     written = {**defaults, **_merge(entries, problems)}
-    values = _convert(written, problems)
+    foreign_to_use = set(KEYS) - set(keys_of(wanted)) - {name for name in KEYS if is_secret(name)}
+    unread = {name for name in written if name in foreign_to_use} if wanted is UseConfig else set()
+    values = _convert({name: value for name, value in written.items() if name not in unread}, problems)
     used = set(keys_of(wanted)).difference(rules.unused)
     unknown = {problem.key for problem in problems} | {_near(name) for name in written if not _is_known(name)}
     problems += _find_missing(values, unknown, used)
@@ -75,7 +77,7 @@ def _load(
     if space.lora_alpha == 2 * space.lora_rank:  # as a saved config spells its default
         changed.discard("lora_alpha")
     warnings = find_warnings(rules, space, changed & used)
-    unused = changed - used
+    unused = (changed - used) | unread
     if wanted is UseConfig:
         unused |= {name for name, value in written.items() if _is_foreign(name, value)}
     warnings += _find_unused(unused) + (_find_ignored(written) if wanted is RunConfig else [])

@@ -47,7 +47,8 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
             f"lora_target/additional_target: no module named {', '.join(absent)}; "
             f"linear layers here: {', '.join(sorted(linear_names(model)))}"
         )
-    in_full = list(config.additional_target) or (_vocabulary_names(model) if resized else [])
+    vocabulary = _vocabulary_names(model) if resized else []
+    in_full = list(dict.fromkeys([*config.additional_target, *vocabulary]))
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
@@ -277,9 +278,9 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 def linear_names(model: PreTrainedModel) -> set[str]:
     """Last part of the name of each linear layer, the head left out.
 
-    Left out is also what peft cannot adapt: the projections of a Mamba layer whose kernels read
-    weights past the forward; routers; and beside experts that are one tensor the dense layers of the same
-    name, which peft takes for those. What is left out is logged.
+    Left out is also what peft cannot adapt: projections of a Mamba layer whose weights its kernels read past
+    their forward; routers; and, beside experts that are one tensor, the dense layers of the same name, which
+    peft takes for those. What is left out is logged.
     """
     head = model.get_output_embeddings()
     names = {
@@ -291,9 +292,7 @@ def linear_names(model: PreTrainedModel) -> set[str]:
     if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):
         refused |= names & {"out_proj", "dt_proj"}
     if any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
-        logger.warning(
-            "lora_target: all leaves the experts without an adapter; finetuning_type: freeze or full trains them"
-        )
+        logger.warning("lora_target: all adapts no experts here; finetuning_type freeze and full train them")
         refused |= names & {"gate_proj", "up_proj", "down_proj"}
     if refused:
         logger.warning(

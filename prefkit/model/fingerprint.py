@@ -13,7 +13,10 @@ from prefkit.model.errors import ModelError
 # distances, which any training of it changes somewhere.
 _BLOCK, _BLOCKS = 1 << 20, 1024
 # What a config says of itself and not of the weights.
-_INCIDENTAL = ("_name_or_path", "transformers_version", "base_model_name_or_path", "inference_mode")
+_INCIDENTAL = {
+    *("_name_or_path", "transformers_version"),
+    *("base_model_name_or_path", "inference_mode", "peft_version"),
+}
 
 
 def fingerprint(folder: Path) -> str:
@@ -39,7 +42,14 @@ def _config_text(file: Path) -> str:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is damaged: {error}") from error
-    return json.dumps({k: v for k, v in config.items() if k not in _INCIDENTAL}, sort_keys=True)
+    kept = {key: _sorted(value) for key, value in config.items() if key not in _INCIDENTAL}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _sorted(value: Any) -> Any:
+    """A list of names in alphabetical order: peft writes sets."""
+    names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return sorted(value) if names else value
 
 
 def _add_file(digest: Any, file: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.model.errors import ModelError
 from prefkit.model.reference import Reference
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from prefkit.data.dataset import Track
 
 Say = Callable[[str], None]
+_BATCHES_A_FILE = 500  # a kill loses no more while log-probs are computed beforehand
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -51,8 +53,14 @@ class LogpsStore:
         self._rows: dict[str, Tensor] = {}
         self._fresh: set[str] = set()
         self._read: set[str] = set()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "facts.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "facts.json").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ModelError(
+                f"the reference cache cannot be written to {self.folder} ({error.strerror}): set cache_dir, or "
+                "ref_cache: false"
+            ) from error
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -63,7 +71,9 @@ class LogpsStore:
         return self._rows[key]
 
     def put(self, key: str, token_logps: Tensor) -> None:
-        """Keep a row; `flush` writes it."""
+        """Keep a row; `flush` writes it. Raises `ModelError` for log-probs that are not finite."""
+        if not token_logps.isfinite().all():
+            raise ModelError("the reference gives log-probs that are not finite: a wider dtype may help")
         self._rows[key] = token_logps.detach().to("cpu", torch.float32, copy=True)
         self._fresh.add(key)
 
@@ -92,7 +102,7 @@ class LogpsStore:
             self._read.add(file.name)
             try:
                 tensors = _load(file)
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
+            except (SafetensorError, ValueError, KeyError) as error:
                 self.say(f"Reference cache: {file} is damaged ({error}); its rows are computed again.")
                 file.unlink(missing_ok=True)
                 continue
@@ -167,10 +177,13 @@ def fill(
     track: Track,
 ) -> None:
     """Compute and write what the store lacks of the examples, at most `max_tokens` at a time or one row."""
-    batches = list(_by_tokens([example for example in examples if example.key not in store], max_tokens))
-    for batch in track(batches, "reference log-probs"):
+    missing = {example.key: example for example in examples if example.key not in store}
+    batches = list(_by_tokens(list(missing.values()), max_tokens))
+    for number, batch in enumerate(track(batches, "reference log-probs"), start=1):
         packed = pack(batch, layout).to_dict()
         _put(store, packed, compute(packed))
+        if number % _BATCHES_A_FILE == 0:
+            store.flush()
     store.flush()
 
 

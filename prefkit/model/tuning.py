@@ -25,8 +25,9 @@ def prepare_for_training(
 ) -> PreTrainedModel | PeftModel:
     """The policy: the right weights trainable, and these in fp32 unless `pure_bf16`.
 
-    Without `mixed_precision` one forward cannot mix number formats, so that for freeze the frozen weights
-    are fp32 as well. Raises `ModelError` for modules or adapters that are not there.
+    Without `mixed_precision` one forward cannot mix number formats: for freeze the frozen weights are fp32 as
+    well, and modules trained in full beside an adapter stay in the dtype of the base. Where the vocabulary
+    was `resized`, embedding and head are trained. Raises `ModelError` for modules or adapters that are not there.
     """
     if config.finetuning_type == "lora":
         started = start_from_adapters(model, model_config, config.create_new_adapter)
@@ -34,7 +35,9 @@ def prepare_for_training(
         policy: PreTrainedModel | PeftModel = started if adapted else add_lora(started, config, resized)  # type: ignore[arg-type]
     else:
         if config.finetuning_type == "freeze":
-            _train_only(model, freeze_names(model, config))
+            _train_only(
+                model, freeze_names(model, config) | (_vocabulary_weights(model) if resized else set())
+            )
         policy = model
     _set_dtypes(policy, config, mixed_precision)
     return policy
@@ -91,6 +94,12 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, int]:
         if isinstance(module, nn.ModuleList) and len(module) == number and module in decoder:
             return f"{name}.", number
     raise ModelError(f"finetuning_type: freeze finds no list of {number} layers in {type(model).__name__}")
+
+
+def _vocabulary_weights(model: PreTrainedModel) -> set[str]:
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    wanted = {id(weights) for layer in layers for weights in layer.parameters()}
+    return {name for name, weights in model.named_parameters() if id(weights) in wanted}
 
 
 def _train_only(model: PreTrainedModel, names: set[str]) -> None:

@@ -58,7 +58,7 @@ def _defaults_of(source: str) -> dict[str, Any]:
                 f"{source} holds neither a model (config.json) nor an adapter (adapter_config.json)"
             )
         return {"model_name_or_path": source}
-    record = read_record(folder)
+    record = read_record(_run_folder(folder))
     if record is None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return {
@@ -69,11 +69,18 @@ def _defaults_of(source: str) -> dict[str, Any]:
     return {"model_name_or_path": record["base_model"], "adapter_name_or_path": [*below, source]}
 
 
+def _run_folder(folder: Path) -> Path:
+    """The folder of the run, where this is one of its checkpoints."""
+    is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / RECORD_FILE).is_file()
+    return folder.parent if is_checkpoint else folder
+
+
 def _usage(folder: Path) -> dict[str, Any]:
     """How the model in a run's folder, or exported from one, is to be used; empty for other folders."""
+    folder = _run_folder(folder)
     if (folder / CONFIG_FILE).is_file():
         config = load_config(folder / CONFIG_FILE).config
-        names: tuple[str, ...] = _TEMPLATE
+        names: tuple[str, ...] = (*_TEMPLATE, "dtype")
         if config.tuning.finetuning_type == "lora":
             names += _ADAPTED  # a model saved whole carries these itself
         return {name: _plain(config.value(name)) for name in names}

@@ -130,6 +130,7 @@ class ReferenceBuilder:
 
     def _with_cache(self) -> CachedReference:
         store = LogpsStore(cache_root(self.config.model.cache_dir), self._facts(), self.say)
+        PartialState().wait_for_everyone()  # all ranks have looked before any of them writes
         examples = [*self.pairs.train, *self.pairs.held_out]
         missing = sum(example.key not in store for example in examples)
         found = f"Reference cache: {len(examples) - missing} of {len(examples)} rows found in {store.folder}"

@@ -533,3 +533,13 @@ def test_a_bad_file_is_told_before_torch_could_be_imported(tmp_path):
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.5
+
+
+def test_a_use_does_not_read_what_concerns_training_alone(tmp_path):
+    """The inference YAML of another tool may name its stage."""
+    file = tmp_path / "infer.yaml"
+    file.write_text("model_name_or_path: m\nstage: sft\nlearning_rate: fast\n")
+    loaded = load_use_config(file, [], {}, TALKING)
+    assert loaded.warnings == ("not used here: learning_rate, stage",)
+    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+        load_use_config(file, ["learning_rat=1"], {}, TALKING)

@@ -137,7 +137,7 @@ def test_an_adapter_of_another_base_is_refused(make_adapter, model: dict, messag
 
 
 def test_missing_pieces_are_named(make_adapter, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the folder .*nowhere does not exist"):
+    with pytest.raises(ModelError, match=r"the folder .*nowhere does not exist"):
         load_adapter(make_model(), str(tmp_path / "nowhere"), CONFIG)
     folder = make_adapter()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -145,7 +145,7 @@ def test_missing_pieces_are_named(make_adapter, tmp_path: Path) -> None:
         load_adapter(make_model(), str(folder), CONFIG)
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(ModelError, match="no adapter_config.json and no adapter_model.safetensors"):
+    with pytest.raises(ModelError, match=r"no adapter_config\.json and no adapter_model\.safetensors"):
         load_adapter(make_model(), str(folder), CONFIG)
 
 

@@ -87,8 +87,6 @@ def test_what_a_config_says_of_itself_does_not_count(folder: Path, changes: dict
     [
         {"base_model_name_or_path": "elsewhere"},
         {"inference_mode": False},
-        # BUG in prefkit/model/fingerprint.py: `peft_version` is not in _INCIDENTAL, though it says of an
-        # adapter what `transformers_version` says of a model.
         {"peft_version": "9.9.9"},
     ],
 )

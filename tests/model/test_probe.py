@@ -95,7 +95,7 @@ def test_a_probe_is_read_as_it_was_written(policy, folder: Path) -> None:
     assert [len(logps) for logps in probe.token_logps] == [len(response) for _, response in probe.rows]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float16", 0.02), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float16", 0.05), ("bfloat16", 0.25)])
 def test_tolerance_is_that_of_the_dtype(dtype: str, tolerance: float) -> None:
     assert Probe([], [], dtype, False).tolerance == tolerance
 
@@ -117,7 +117,7 @@ def test_a_merged_model_is_known_again(folder: Path) -> None:
 
 def test_a_model_in_another_dtype_has_the_tolerance_of_the_coarser(folder: Path) -> None:
     apart = verify(make_policy().to(torch.bfloat16), folder, "a")
-    assert apart is not None and 1e-3 < apart < 0.1
+    assert apart is not None and 1e-3 < apart < 0.25
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.base_layer.weight", "lm_head.weight"])
@@ -170,15 +170,15 @@ def test_a_smaller_vocabulary_is_refused(folder: Path) -> None:
         verify(make_policy(vocab_size=54), folder, "a")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"rows": 5}', '{"rows": [[[1], [2]]], "dtpye": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", "5", '{"rows": 5}', '{"rows": [[[1], [2]]], "dtpye": ""}']
+)
 def test_a_damaged_probe_is_refused(folder: Path, text: str) -> None:
     (folder / PROBE_FILE).write_text(text)
     with pytest.raises(ModelError, match=r"probe\.json is damaged"):
         read_probe(folder)
 
 
-# BUG in prefkit/model/probe.py, read_probe and verify: JSON that is whole but does not fit together ends in
-# an AttributeError or a bare ValueError, not in the ModelError of a damaged probe.
 @pytest.mark.parametrize(
     "values",
     [
@@ -192,11 +192,3 @@ def test_a_probe_that_does_not_fit_together_is_refused(policy, folder: Path, val
     change(folder, **values)
     with pytest.raises(ModelError, match=r"probe\.json is damaged"):
         verify(policy, folder, "a")
-
-
-# BUG: the same.
-@pytest.mark.parametrize("text", ["null", "5"])
-def test_a_probe_that_is_no_object_is_refused(folder: Path, text: str) -> None:
-    (folder / PROBE_FILE).write_text(text)
-    with pytest.raises(ModelError, match=r"probe\.json is damaged"):
-        read_probe(folder)

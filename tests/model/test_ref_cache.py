@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.model.errors import ModelError
 from prefkit.model.policy import response_logps
 from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fill
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
@@ -24,7 +25,6 @@ from tests.model.test_policy import EXAMPLES, make_policy
 
 FACTS = {"weights": ["abc"], "dtype": "float32"}
 KEYS = [example.key for example in EXAMPLES]
-NUM_TOKENS = [10, 9, 13]  # of EXAMPLES, a prompt counted once
 
 
 class Said(list[str]):
@@ -326,23 +326,28 @@ def test_a_cached_reference_says_what_it_was_told() -> None:
     assert (cached.describe(), cached.is_initial_policy) == ("base, cached", False)
 
 
+FOURTH = TokenizedExample([60, 61], [[62, 63, 64, 65], [66, 67, 68, 69, 70]], [(0, 1)], "f:4")
+
+
 @pytest.mark.parametrize(
     ("max_tokens", "batches"),
     [
-        (1, [("f:2",), ("f:1",), ("f:3",)]),  # at least one row, shortest first
-        (18, [("f:2",), ("f:1",), ("f:3",)]),
-        (19, [("f:2", "f:1"), ("f:3",)]),
-        (22, [("f:2", "f:1"), ("f:3",)]),
-        (31, [("f:2", "f:1"), ("f:3",)]),
-        (32, [("f:2", "f:1", "f:3")]),
+        (1, [("f:2",), ("f:1",), ("f:4",), ("f:3",)]),  # at least one row, shortest first
+        (18, [("f:2",), ("f:1",), ("f:4",), ("f:3",)]),
+        (19, [("f:2", "f:1"), ("f:4",), ("f:3",)]),
+        (23, [("f:2", "f:1"), ("f:4",), ("f:3",)]),
+        (24, [("f:2", "f:1"), ("f:4", "f:3")]),
+        (30, [("f:2", "f:1", "f:4"), ("f:3",)]),
+        (43, [("f:2", "f:1", "f:4", "f:3")]),
     ],
 )
 def test_fill_keeps_to_its_budget_of_tokens(open_store, max_tokens: int, batches: list) -> None:
-    assert [example.num_tokens for example in EXAMPLES] == NUM_TOKENS
+    examples = [*EXAMPLES, FOURTH]
+    assert [example.num_tokens for example in examples] == [10, 9, 13, 11]
     inner, store = Counted(), open_store()
-    fill(store, EXAMPLES, partial(inner.logps, None), "shared", max_tokens, untracked)
+    fill(store, examples, partial(inner.logps, None), "shared", max_tokens, untracked)
     assert inner.asked == batches
-    assert all(key in open_store() for key in KEYS)
+    assert all(example.key in open_store() for example in examples)
 
 
 def test_fill_computes_only_what_the_store_lacks(open_store, filled: list[Path]) -> None:
@@ -383,3 +388,16 @@ def test_filled_values_are_those_of_the_model(open_store, layout: Layout) -> Non
         assert torch.allclose(found.token_logps, direct.token_logps, rtol=0, atol=1e-5)
         assert torch.allclose(found.logps, direct.logps, rtol=1e-5, atol=0)
         assert torch.equal(found.owner, direct.owner) and torch.equal(found.lengths, direct.lengths)
+
+
+def test_log_probs_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    store = LogpsStore(tmp_path, {}, print)
+    with pytest.raises(ModelError, match="not finite"):
+        store.put("00" * 32, torch.tensor([-1.0, float("nan")]))
+    assert "00" * 32 not in store
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"cannot be written to .*set cache_dir, or ref_cache: false"):
+        LogpsStore(tmp_path / "file", {}, print)

@@ -92,6 +92,10 @@ def test_freeze_names_what_it_trains(keys: dict, names: list[str]) -> None:
             "v_proj",
         ),
         (
+            {"freeze_trainable_layers": 0, "freeze_extra_modules": ("weight",)},  # no module
+            "freeze_extra_modules: no module named weight; there are embed_tokens, lm_head, model, norm",
+        ),
+        (
             {"freeze_extra_modules": ("q_proj",)},  # inside the layers
             "freeze_extra_modules: no module named q_proj; there are embed_tokens, lm_head, model, norm",
         ),

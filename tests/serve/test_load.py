@@ -38,7 +38,7 @@ def test_a_run_says_how_it_was_trained(trained: Path, tiny_model: Path) -> None:
     assert config.model.model_name_or_path == str(tiny_model)
     assert config.model.adapter_name_or_path == (str(trained),)
     assert (config.data.template, config.data.enable_thinking) == ("qwen3", False)
-    assert config.data.default_system == "Be kind."
+    assert (config.data.default_system, config.model.dtype) == ("Be kind.", "float32")
 
 
 def test_what_is_written_holds_instead(trained: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -87,6 +87,14 @@ def test_models_ids_and_adapters_of_other_tools(trained: Path, tiny_model: Path,
     config = read(trained)
     assert config.model.model_name_or_path == str(tiny_model)
     assert config.model.adapter_name_or_path == (str(trained),) and config.data.template is None
+
+
+def test_a_checkpoint_is_used_as_its_run(write_config, tmp_path: Path, tiny_model: Path) -> None:
+    run(write_config(template="qwen3", enable_thinking=False, save_steps=1))
+    config = read(tmp_path / "out" / "checkpoint-1")
+    assert config.model.model_name_or_path == str(tiny_model)
+    assert config.model.adapter_name_or_path == (str(tmp_path / "out" / "checkpoint-1"),)
+    assert (config.data.template, config.data.enable_thinking) == ("qwen3", False)
 
 
 def test_a_chain_of_runs_is_put_together_again(write_config, tmp_path: Path, tiny_model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,22 @@ def test_a_cached_full_run_holds_one_model(write_config, monkeypatch: pytest.Mon
     assert "cached (not in memory)" in printed
     with pytest.raises(AttributeError, match="deepcopy"):
         run(write_config(finetuning_type="full", overwrite_output_dir=True))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_two_processes_fill_and_read_one_cache(write_config, tmp_path: Path, tuning: str) -> None:
+    keys = {"max_steps": ..., "num_train_epochs": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "prefkit", "train", str(write_config(**keys)), "ddp_backend=gloo"]
+    command += [f"finetuning_type={tuning}"]
+    printed = {}
+    for name, cached in (("without", "false"), ("filled", "true"), ("read", "true")):
+        more = [f"output_dir={tmp_path / name}", f"ref_cache={cached}"]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    assert "0 of 12 rows found" in printed["filled"] and "12 of 12 rows found" in printed["read"]
+    assert same(tmp_path / "filled", tmp_path / "without") and same(tmp_path / "read", tmp_path / "without")
 
 
 def test_a_wrong_cache_stops_the_run_before_the_first_update(
