@@ -77,7 +77,8 @@ def _load(
     if space.lora_alpha == 2 * space.lora_rank:  # as a saved config spells its default
         changed.discard("lora_alpha")
     warnings = find_warnings(rules, space, changed & used)
-    unused = (changed - used) | unread
+    unused = changed - used
+    unused |= {name for name in unread if _is_changed(written[name], KEYS[name].default)}
     if wanted is UseConfig:
         unused |= {name for name, value in written.items() if _is_foreign(name, value)}
     warnings += _find_unused(unused) + (_find_ignored(written) if wanted is RunConfig else [])

@@ -58,8 +58,8 @@ class LogpsStore:
             (self.folder / "facts.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise ModelError(
-                f"the reference cache cannot be written to {self.folder} ({error.strerror}): set cache_dir, or "
-                "ref_cache: false"
+                f"the reference cache cannot be written to {self.folder} ({error.strerror}): set cache_dir, "
+                "or ref_cache: false"
             ) from error
         self.refresh()
 

@@ -27,7 +27,7 @@ def prepare_for_training(
 
     Without `mixed_precision` one forward cannot mix number formats: for freeze the frozen weights are fp32 as
     well, and modules trained in full beside an adapter stay in the dtype of the base. Where the vocabulary
-    was `resized`, embedding and head are trained. Raises `ModelError` for modules or adapters that are not there.
+    was `resized`, embedding and head are trained. Raises `ModelError` for absent modules or adapters.
     """
     if config.finetuning_type == "lora":
         started = start_from_adapters(model, model_config, config.create_new_adapter)
