@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
+
 from peak import (
     PeakMemory,
     bytes_of,
@@ -33,6 +33,7 @@ from peak import (
     tensors_in_memory,
 )
 from tokenizers import Tokenizer, models
+from torch import Tensor, randint, set_num_threads
 from torch.nn import functional as F
 from transformers import (
     LlamaConfig,
@@ -243,7 +244,7 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
 def make_pair(tokens: int, vocabulary: int, number: int) -> TokenizedExample:
     """Half of the tokens are the prompt's, half the chosen response's; the rejected one is 3/4 as long."""
     prompt, chosen, rejected = tokens // 2, tokens // 2, tokens * 3 // 8
-    ids = torch.randint(vocabulary, (prompt + chosen + rejected,)).tolist()
+    ids = randint(vocabulary, (prompt + chosen + rejected,)).tolist()
     responses = [ids[prompt : prompt + chosen], ids[prompt + chosen :]]
     return TokenizedExample(ids[:prompt], responses, [(0, 1)], f"random:{number}")
 
@@ -287,8 +288,8 @@ def make_llama(vocabulary: int, scratch: Path) -> str:
 
 
 def all_logits_forward(
-    self: Any, source: torch.Tensor, target: torch.Tensor, segments: None = None, **batch: Any
-) -> dict[str, torch.Tensor]:
+    self: Any, source: Tensor, target: Tensor, segments: None = None, **batch: Any
+) -> dict[str, Tensor]:
     """What prefkit's forward returns, the plain way: the logits of every position and their log_softmax."""
     logits = type(self).forward(self, **batch, use_cache=False).logits.float()
     labels = batch["input_ids"][:, 1:, None]
@@ -312,7 +313,7 @@ def run(point: Point, scratch: Path) -> dict[str, Any]:
 
 def prepare_for_forks() -> None:
     """One thread, quiet libraries, and no search for garbage among what they hold."""
-    torch.set_num_threads(1)
+    set_num_threads(1)
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     gc.collect()

@@ -74,11 +74,12 @@ def _load(
     if problems:
         raise ConfigError(path or "command line", _describe(problems, entries))
     changed = {name for name, value in values.items() if _is_changed(value, KEYS[name].default)}
-    if space.lora_alpha == 2 * space.lora_rank:  # as a saved config spells its default
-        changed.discard("lora_alpha")
+    changed |= {name for name in unread if _is_changed(written[name], KEYS[name].default)}
+    rank = written.get("lora_rank", KEYS["lora_rank"].default)
+    if isinstance(rank, int) and written.get("lora_alpha") == 2 * rank:
+        changed.discard("lora_alpha")  # as a saved config spells its default
     warnings = find_warnings(rules, space, changed & used)
     unused = changed - used
-    unused |= {name for name in unread if _is_changed(written[name], KEYS[name].default)}
     if wanted is UseConfig:
         unused |= {name for name, value in written.items() if _is_foreign(name, value)}
     warnings += _find_unused(unused) + (_find_ignored(written) if wanted is RunConfig else [])
@@ -138,6 +139,7 @@ def _near(name: str) -> str:
 
 def _is_changed(value: object, default: object) -> bool:
     """Whether a value asks for something: not the default, and not switched off."""
+    value = tuple(value) if isinstance(value, list) else value
     return value != default and (bool(value) or default is True)
 
 
