@@ -23,7 +23,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-
 from peak import (
     PeakMemory,
     bytes_of,

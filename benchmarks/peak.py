@@ -1,4 +1,4 @@
-"""Peak memory of a block of code: blocks of torch's allocator, exactly, and the resident set of the process."""
+"""Peak memory of a block of code: what torch's allocator gave out, and the resident set of the process."""
 
 from __future__ import annotations
 
