@@ -82,6 +82,12 @@ def distance(probe: Probe, token_logps: Sequence[Sequence[float]]) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
+def compare(probe: Probe, model: nn.Module) -> tuple[float, float]:
+    """(distance of the model from the probe, how much of it the dtypes of both explain)."""
+    tolerance = max(probe.tolerance, TOLERANCE.get(base_of(model).dtype, 0.0))
+    return distance(probe, measure(model, probe.rows)), tolerance
+
+
 def write_probe(probe: Probe, folder: Path) -> None:
     """Write `probe.json`."""
     (folder / PROBE_FILE).write_text(json.dumps(asdict(probe)) + "\n", encoding="utf-8")
@@ -119,8 +125,7 @@ def verify(model: nn.Module, folder: Path, name: str) -> float | None:
         >= base.config.get_text_config().vocab_size
     ):
         raise ModelError(f"{name}: {base.name_or_path} has fewer tokens than the model it was trained on")
-    apart = distance(probe, measure(model, probe.rows))
-    tolerance = max(probe.tolerance, TOLERANCE.get(base.dtype, 0.0))
+    apart, tolerance = compare(probe, model)
     if not apart <= tolerance:
         raise ModelError(
             f"{name} on {base.name_or_path} is not the model that was trained: the log-probs of its probe "

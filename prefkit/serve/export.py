@@ -16,7 +16,7 @@ from prefkit.config.schema import UseConfig
 from prefkit.data.examples import Message
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
-from prefkit.model.probe import TOLERANCE, Probe, distance, measure, read_probe
+from prefkit.model.probe import Probe, compare, distance, measure, read_probe
 from prefkit.runs.record import RECORD_FILE, library_versions, read_record
 from prefkit.serve.load import load_model, usage_of
 
@@ -113,8 +113,7 @@ def _compare(probe: Probe, folder: Path, config: UseConfig) -> float:
     written: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES.get(config.model.dtype, "auto"), trust_remote_code=config.model.trust_remote_code
     )
-    apart = distance(probe, measure(written, probe.rows))
-    tolerance = max(probe.tolerance, TOLERANCE.get(written.dtype, 0.0))
+    apart, tolerance = compare(probe, written)
     if not apart <= tolerance:
         raise ModelError(
             f"The merged model is not the one with adapters: log-probs of the probe rows are {apart:.2g} "

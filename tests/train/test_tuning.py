@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +209,29 @@ def test_a_model_whose_angles_are_scaled_is_not_scaled_again(write_config, tmp_p
         run(write_config(model_name_or_path=base, rope_scaling="yarn", cutoff_len=1500))
 
 
-def test_the_best_checkpoint_is_kept(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracies as given here, one for each evaluation: the second is best."""
-    given = iter([0.25, 1.0, 0.5, 0.75])
+EACH_STEP = {"eval_dataset": "held_out", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies"}
+
+
+@pytest.fixture
+def give(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the accuracy of each evaluation to come."""
     original = PrefTrainer._mean_metrics
 
-    def made_up(self: PrefTrainer, prediction: Any) -> dict[str, float]:
-        return original(self, prediction) | {"rewards/accuracies": next(given)}
+    def set_accuracies(*accuracies: float) -> None:
+        given = iter(accuracies)
 
-    monkeypatch.setattr(PrefTrainer, "_mean_metrics", made_up)
-    keys = {"eval_dataset": "held_out", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies"}
-    run(write_config(max_steps=4, **keys, **best))
+        def made_up(self: PrefTrainer, prediction: Any) -> dict[str, float]:
+            return original(self, prediction) | {"rewards/accuracies": next(given)}
+
+        monkeypatch.setattr(PrefTrainer, "_mean_metrics", made_up)
+
+    return set_accuracies
+
+
+def test_the_best_checkpoint_is_kept(write_config, tmp_path: Path, give) -> None:
+    give(0.25, 1.0, 0.5, 0.75)
+    run(write_config(max_steps=4, **EACH_STEP, **BEST))
     checkpoints = {n: weights(tmp_path / "out" / f"checkpoint-{n}") for n in (1, 2, 4)}
     final = weights(tmp_path / "out")
     equal = {n: all(torch.equal(final[k], v) for k, v in found.items()) for n, found in checkpoints.items()}
@@ -228,27 +240,11 @@ def test_the_best_checkpoint_is_kept(write_config, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(("finetuning_type", "file"), [("lora", "adapter_model"), ("full", "model")])
 def test_early_stopping_counts_evaluations_since_the_best(
-    write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetuning_type: str, file: str
+    write_config, tmp_path: Path, give, finetuning_type: str, file: str
 ) -> None:
-    given = iter([0.25, 0.5, 0.5, 0.25, 1.0, 1.0])
-    original = PrefTrainer._mean_metrics
-
-    def made_up(self: PrefTrainer, prediction: Any) -> dict[str, float]:
-        return original(self, prediction) | {"rewards/accuracies": next(given)}
-
-    monkeypatch.setattr(PrefTrainer, "_mean_metrics", made_up)
-    keys = {"eval_dataset": "held_out", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "rewards/accuracies"}
-    run(
-        write_config(
-            max_steps=6,
-            early_stopping_steps=2,
-            finetuning_type=finetuning_type,
-            learning_rate=1e-3,
-            **keys,
-            **best,
-        )
-    )
+    give(0.25, 0.5, 0.5, 0.25, 1.0, 1.0)
+    keys = {"finetuning_type": finetuning_type, "learning_rate": 1e-3, "early_stopping_steps": 2}
+    run(write_config(max_steps=6, **keys, **EACH_STEP, **BEST))
     assert len(losses(tmp_path / "out")) == 4
     best_one = load_file(tmp_path / "out" / "checkpoint-2" / f"{file}.safetensors")
     assert all(torch.equal(weights(tmp_path / "out")[name], found) for name, found in best_one.items())
