@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Names of adapters within a model: the trained one, and a frozen copy of what it was at the start.
 TRAINED, INITIAL = "default", "initial"
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -63,6 +64,8 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     )
     adapted = get_peft_model(model, lora)
     assert not isinstance(adapted, tuple)
+    if config.pissa_init:
+        freeze_initial(adapted)  # what was taken out of the base, for reference and saving
     return adapted
 
 
@@ -177,6 +180,12 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is damaged: {error}") from error
     assert isinstance(config, LoraConfig)
+    if str(config.init_lora_weights).startswith(_CHANGE_THE_BASE):
+        raise ModelError(
+            f"{file}: init_lora_weights {config.init_lora_weights} took the start of this adapter out of the "
+            "base, and only its run had what was left. A finished prefkit run saves it as plain LoRA; a "
+            "checkpoint does not."
+        )
     return config
 
 

@@ -77,10 +77,11 @@ class ReferenceBuilder:
         goes_on = bool(config.model.adapter_name_or_path) and not config.tuning.create_new_adapter
         if config.reference.ref_model or not config.training.get("do_train"):
             return AdapterOff(adapted, is_initial_policy=not goes_on)
-        if goes_on or config.tuning.pissa_init:
+        if goes_on:
             freeze_initial(adapted)
-            name = config.model.adapter_name_or_path[-1] if goes_on else "the adapter that pissa_init made"
-            return InitialAdapter(adapted, name)
+            return InitialAdapter(adapted, config.model.adapter_name_or_path[-1])
+        if config.tuning.pissa_init:
+            return InitialAdapter(adapted, "the adapter that pissa_init made")
         return AdapterOff(adapted)
 
     def _is_own_base(self) -> bool:

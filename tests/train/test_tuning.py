@@ -149,9 +149,12 @@ def test_loraplus_learns_b_faster(write_config, tmp_path: Path, monkeypatch: pyt
     assert not same(tmp_path / "out", tmp_path / "plain")
 
 
-def test_pissa_is_saved_for_the_base_as_it_was(write_config, tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_pissa_is_saved_for_the_base_as_it_was(
+    write_config, tmp_path: Path, tiny_model: Path, loss: str
+) -> None:
     """Plain peft upon the plain base gives the log-probs that the run reported."""
-    run(write_config(pissa_init=True, pissa_iter=4, lora_rank=4, eval_dataset="held_out", do_eval=True))
+    run(write_config(pissa_init=True, pissa_iter=4, lora_rank=4, pref_loss=loss))
     probe = read(tmp_path / "out" / "probe.json")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "out")
     (prompt, response), expected = probe["rows"][0], probe["token_logps"][0]
