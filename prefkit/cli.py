@@ -82,6 +82,7 @@ def export(
     from prefkit.serve.export import export as run
 
     console = make_console()
+    console.print(f"Loading {config.model.model_name_or_path} ...")
     folder = run(config, console.print)
     console.print(f"Written to {folder}; `prefkit chat {folder}` talks to it.")
 
@@ -122,6 +123,7 @@ def api(
 
     token = os.environ.get("API_KEY") or None
     check_address(host, token)
+    print(f"Loading {config.model.model_name_or_path} ...", flush=True)
     serve(load_assistant(config), _sampling(config), host, port, token)
 
 

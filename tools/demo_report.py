@@ -37,7 +37,7 @@ def main() -> None:
     print(f"Short answers (at most {MAX_WORDS} words) to {total} held-out prompts:")
     for name, number in (("before", before), ("after", after)):
         print(f"  {name:7}{number:3}  {'#' * number}{'.' * (total - number)}")
-    print(f"Talk to it:  .venv/bin/prefkit chat {folder}  (/compare shows the answers before and after)")
+    print(f"Talk to it:  .venv/bin/prefkit chat {folder} temperature=0  (/compare: before and after)")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,10 @@ def _find_missing(values: dict[str, Any], unknown: set[str], used: set[str]) -> 
 
 
 def _find_unused(names: set[str]) -> list[str]:
-    return [f"not used here: {', '.join(sorted(names))}"] if names else []
+    if not names:
+        return []
+    hint = "; to use what this file trains, name its output_dir" if "output_dir" in names else ""
+    return [f"not used here: {', '.join(sorted(names))}{hint}"]
 
 
 def _is_foreign(name: str, value: object) -> bool:

@@ -114,7 +114,9 @@ class ModelConfig:
         REQUIRED, "Folder or Hugging Face id of the model to train.", example="Qwen/Qwen3-8B"
     )
     model_revision: str = key("main", "Branch, tag or commit of the model on the Hub.")
-    cache_dir: str | None = key(None, "Folder for downloaded models; null takes Hugging Face's own.")
+    cache_dir: str | None = key(
+        None, "Folder for downloaded models and the reference cache; null takes those of the user."
+    )
     trust_remote_code: bool = key(False, "Run Python code that comes with the model.")
     dtype: str = key(
         "auto",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SYNONYMS = {
+    "gamma": "simpo_gamma",
+    "pref_gamma": "simpo_gamma",
     "batch_size": "per_device_train_batch_size",
     "beta": "pref_beta",
     "epochs": "num_train_epochs",

@@ -108,7 +108,7 @@ def _check_text(key: Key, text: str) -> None:
         return
     if text in key.later:
         raise ValueError(f"{text} is not in this version of prefkit: write {' or '.join(key.choices)}")
-    near = nearest(text, key.choices)
+    near = "sigmoid" if (key.name, text) == ("pref_loss", "dpo") else nearest(text, key.choices)
     hint = f"; did you mean {near}?" if near else f": write one of {_spell(key.choices)}"
     raise ValueError(f"{show(key.name, text)} is not one of its values{hint}")
 

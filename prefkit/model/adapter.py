@@ -96,7 +96,13 @@ def start_from_adapters(
 
 
 def merge_adapters(model: PreTrainedModel, paths: Sequence[str], config: ModelConfig) -> PreTrainedModel:
-    """The model with each adapter merged into its weights, in order."""
+    """The model with each adapter merged into its weights, in order, in the number format that these have."""
+    if paths and model.dtype != torch.float32:
+        logger.warning(
+            "merging %s into weights in %s rounds part of it away; dtype: float32 keeps all of it",
+            ", ".join(paths),
+            str(model.dtype).removeprefix("torch."),
+        )
     for path in paths:
         adapted = load_adapter(model, path, config)
         try:

@@ -130,7 +130,6 @@ def verify(model: nn.Module, folder: Path, name: str) -> float | None:
         raise ModelError(
             f"{name} on {base.name_or_path} is not the model that was trained: the log-probs of its probe "
             f"rows ({PROBE_FILE}) are {apart:.2g} nats per token away (tolerance {tolerance:g}). Either this "
-            "is another base than the one it was trained on, or a file of the base or adapter has changed. "
-            f"Without {PROBE_FILE} nothing is compared."
+            "is another base than the one it was trained on, or a file of the base or adapter has changed."
         )
     return apart

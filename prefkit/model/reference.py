@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,14 +35,18 @@ class Reference(Protocol):
 class AdapterOff:
     """The policy's own base weights, read with the adapter switched off: no second copy in memory."""
 
-    def __init__(self, policy: PeftModel, is_initial_policy: bool = True) -> None:
+    def __init__(self, policy: PeftModel, merged: Sequence[str] = (), is_initial_policy: bool = True) -> None:
         self.policy = policy
+        self.merged = merged
         self.is_initial_policy = is_initial_policy
 
     def describe(self) -> str:
         """Which weights the reference is, in words for the log."""
-        name = base_of(self.policy).name_or_path
-        return f"{name} with the adapter switched off (the same weights in memory)"
+        base = base_of(self.policy)
+        quantized = ", quantised," if getattr(base, "is_quantized", False) else ""
+        merged = f" with {' and '.join(self.merged)} merged in, and" if self.merged else " with"
+        which = "the new adapter" if self.merged else "the adapter"
+        return f"{base.name_or_path}{quantized}{merged} {which} switched off (the same weights in memory)"
 
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
         """Log-probs of the batch's responses, without gradient, through the wrapped `model`."""

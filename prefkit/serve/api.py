@@ -79,8 +79,8 @@ def check_address(host: str, token: str | None) -> None:
         is_loopback = host == "localhost"
     if token is None and not is_loopback:
         raise UserError(
-            f"{host} can be reached from other machines: that needs a token. "
-            "Without one only 127.0.0.1 is served."
+            f"{host} can be reached from other machines: that needs a token in the environment variable "
+            "API_KEY. Without one only 127.0.0.1 is served."
         )
 
 

@@ -16,7 +16,7 @@ from prefkit.config.schema import UseConfig
 from prefkit.data.examples import Message
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
-from prefkit.model.probe import Probe, compare, distance, measure, read_probe
+from prefkit.model.probe import TOLERANCE, Probe, compare, distance, measure, read_probe
 from prefkit.runs.record import RECORD_FILE, library_versions, read_record
 from prefkit.serve.load import load_model, usage_of
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from prefkit.data.template import ChatTemplate
 
 Say = Callable[[str], None]
+# Share of what training changed that rounding may take unsaid.
+_SHARE_TO_MENTION = 0.05
 # Probe rows for an adapter that has none of its own, as question and answer.
 _QUESTIONS = (
     ("Name three rivers of Europe.", "The Rhine, the Danube and the Loire are rivers of Europe."),
@@ -62,8 +64,8 @@ def export(config: UseConfig, say: Say) -> Path:
     try:
         _write(model, loaded.template, config, scratch)
         probe = Probe(rows, before, str(model.dtype).removeprefix("torch."), False)
-        apart = _compare(probe, scratch, config)
         moved = None if untuned is None else distance(probe, untuned)
+        apart = _compare(probe, scratch, config, moved)
         _write_facts(config, scratch, apart, moved)
         if folder.exists():
             folder.rmdir()
@@ -71,6 +73,11 @@ def export(config: UseConfig, say: Say) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     told = "" if moved is None else f" (the adapter moves them by {moved:.1e})"
+    if moved is not None and apart > _SHARE_TO_MENTION * moved:
+        say(
+            f"warning: rounding to {probe.dtype} takes {apart / moved:.0%} of what training changed; write "
+            "dtype: float32 to keep it, and another export_dir."
+        )
     say(f"Proof: {len(rows)} probe rows agree before and after within {apart:.1e} nats per token{told}.")
     return folder
 
@@ -106,14 +113,19 @@ def _write(model: PreTrainedModel, template: ChatTemplate, config: UseConfig, fo
         file.chmod(0o644)  # safetensors writes for the owner alone
 
 
-def _compare(probe: Probe, folder: Path, config: UseConfig) -> float:
-    """Distance of the written model from the probe. Raises `ModelError` when it is another model."""
+def _compare(probe: Probe, folder: Path, config: UseConfig, moved: float | None) -> float:
+    """Distance of the written model from the probe.
+
+    Raises `ModelError` when it is another model, or nearer to the untuned one, which training `moved`.
+    """
     from transformers import AutoModelForCausalLM
 
     written: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES.get(config.model.dtype, "auto"), trust_remote_code=config.model.trust_remote_code
     )
     apart, tolerance = compare(probe, written)
+    if moved is not None:
+        tolerance = min(tolerance, max(moved / 2, TOLERANCE[torch.float32]))
     if not apart <= tolerance:
         raise ModelError(
             f"The merged model is not the one with adapters: log-probs of the probe rows are {apart:.2g} "
@@ -128,7 +140,7 @@ def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | N
     model = config.model
     source = Path((model.adapter_name_or_path or (model.model_name_or_path,))[-1])
     run = (read_record(source) if source.is_dir() else None) or {}
-    kept = ("stage", "loss", "finetuning_type", "reference", "data", "pairs")
+    kept = ("stage", "loss", "finetuning_type", "reference", "trained_on", "data", "pairs")
     record = {
         "base_model": model.model_name_or_path,
         "adapters": list(model.adapter_name_or_path),
@@ -146,7 +158,7 @@ def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | N
 def _card(config: UseConfig, record: dict[str, Any]) -> str:
     """The model card: where the model comes from, how it is used, and how it was checked."""
     run, usage = record["run"], config.data
-    data = ", ".join(f"{part['name']} ({part['used']} rows)" for part in run.get("data", []))
+    data = f"{', '.join(run.get('trained_on', []))} ({run.get('pairs', {}).get('trained')} pairs)"
     facts = {
         "base model": record["base_model"],
         "adapters merged": ", ".join(record["adapters"]) or "none",
@@ -172,4 +184,10 @@ Exported by prefkit {__version__}; `{RECORD_FILE}` has the facts for machines.
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+    messages = [{{"role": "user", "content": "Hello"}}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
+    print(tokenizer.decode(answer, skip_special_tokens=True))
 """

@@ -88,7 +88,8 @@ def _tell_weights(policy: Policy, say: Say) -> None:
     trainable = sum(weights.numel() for weights in policy.model.parameters() if weights.requires_grad)
     total = sum(weights.numel() for weights in policy.model.parameters())
     formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}"])
-    say(f"Training {trainable:,} of {total:,} weights ({formats}).".replace("torch.", ""))
+    what = f"Training {trainable:,} of {total:,}" if trainable else f"Evaluating {total:,}"
+    say(f"{what} weights ({formats}).".replace("torch.", ""))
 
 
 def _dtypes(model: torch.nn.Module) -> set[str]:

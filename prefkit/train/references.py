@@ -76,13 +76,13 @@ class ReferenceBuilder:
         adapted: PeftModel = model  # type: ignore[assignment]
         goes_on = bool(config.model.adapter_name_or_path) and not config.tuning.create_new_adapter
         if config.reference.ref_model or not config.training.get("do_train"):
-            return AdapterOff(adapted, is_initial_policy=not goes_on)
+            return AdapterOff(adapted, merged_adapters(config), is_initial_policy=not goes_on)
         if goes_on:
             freeze_initial(adapted)
             return InitialAdapter(adapted, config.model.adapter_name_or_path[-1])
         if config.tuning.pissa_init:
             return InitialAdapter(adapted, "the adapter that pissa_init made")
-        return AdapterOff(adapted)
+        return AdapterOff(adapted, merged_adapters(config))
 
     def _is_own_base(self) -> bool:
         """Whether `ref_model` is what the policy is with its adapter switched off."""
@@ -138,7 +138,7 @@ class ReferenceBuilder:
         self.say(f"{found}." if not missing else f"{found}; {missing} are computed and kept there.")
         if self.config.tuning.finetuning_type == "lora" and not self._needs_model():
             inner = self._choose()
-            return CachedReference(store, inner, f"{inner.describe()}, cached", inner.is_initial_policy)
+            return CachedReference(store, inner, f"{inner.describe()}; cached", inner.is_initial_policy)
         return self._computed_beforehand(store, examples)
 
     def _needs_model(self) -> bool:
@@ -146,7 +146,7 @@ class ReferenceBuilder:
 
     def _computed_beforehand(self, store: LogpsStore, examples: list[Any]) -> CachedReference:
         """All log-probs at once, by a model that is then let go, or by the policy while it is still that."""
-        name = f"a frozen copy of {self.config.model.model_name_or_path}"
+        name = f"{self.config.model.model_name_or_path} as it was before training"
         is_initial = True
         compute = self._initial_logps
         rank, size = self.args.process_index, self.args.world_size
@@ -160,7 +160,7 @@ class ReferenceBuilder:
         store.refresh()
         if self._needs_model():
             name, is_initial = self._model_name(), False
-        return CachedReference(store, None, f"{name}, cached (not in memory)", is_initial)
+        return CachedReference(store, None, f"{name}, from the cache (no second model in memory)", is_initial)
 
     def _initial_logps(self, batch: dict[str, Any]) -> ResponseLogps:
         """Of the policy, which is not trained yet."""

@@ -241,6 +241,7 @@ class Run:
             "enable_thinking": self.config.data.enable_thinking,
             "reference": self.reference_name,
             "batch_layout": self.policy.layout,
+            "trained_on": list(self.config.data.dataset),
             "data": [ledger.to_dict() for ledger in self.pairs.ledgers],
             "pairs": {"trained": len(self.pairs.train), "held_out": len(self.pairs.held_out)},
         }

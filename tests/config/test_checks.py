@@ -333,7 +333,7 @@ def test_allowed_for_a_use(use, name, lines):
 @pytest.mark.parametrize(
     ("name", "lines", "unused"),
     [
-        ("talking", "stage: dpo\nlora_rank: 4\noutput_dir: out", "lora_rank, output_dir, stage"),
+        ("talking", "stage: dpo\nlora_rank: 4", "lora_rank, stage"),
         ("talking", "dataset: a\nbatch_layout: shared\ntemplate: x", "batch_layout, dataset"),
         ("talking", "export_dir: out\nexport_size: 9", "export_dir, export_size"),
         ("talking", "num_beams: 4\nskip_special_tokens: false\nuse_unsloth: true", "num_beams, use_unsloth"),

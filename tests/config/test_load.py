@@ -517,7 +517,8 @@ def test_the_file_of_a_run_serves_a_use(tmp_path, load):
     config, warnings = load_use_config(path, [], {}, TALKING)
     assert (config.model.model_name_or_path, config.data.template) == ("m", "t")
     unused = "dataset, do_train, lora_rank, output_dir, stage, val_size"
-    assert warnings == (f"not used here: {unused}",)
+    hint = "; to use what this file trains, name its output_dir"
+    assert warnings == (f"not used here: {unused}{hint}",)
 
 
 def test_a_bad_file_is_told_before_torch_could_be_imported(tmp_path):

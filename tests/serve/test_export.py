@@ -75,7 +75,7 @@ def test_the_folder_has_all_that_a_reader_needs(write_config, tmp_path: Path) ->
     }
     assert record["proof"]["nats_per_token"] < 1e-4 < record["proof"]["moved_by_training"]
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "sigmoid loss on pairs (12 rows)" in card and "| thinking | off |" in card
+    assert "sigmoid loss on pairs (12 pairs)" in card and "| thinking | off |" in card
     generation = read(tmp_path / "exported" / "generation_config.json")
     assert make_end_id(tmp_path / "exported") in generation["eos_token_id"]
     again = read_use_config(str(tmp_path / "exported"), [], EXPORT._replace(errors=())).config

@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[dict[str, Any], type, str]] = {
     "new upon old": (
         {"adapter_name_or_path": "ADAPTER", "create_new_adapter": True},
         AdapterOff,
-        "with the adapter switched off",
+        "BASE with ADAPTER merged in, and the new adapter switched off",
     ),
     "pissa": ({"pissa_init": True, "pissa_iter": 4}, InitialAdapter, "the adapter that pissa_init made"),
     "full": ({"finetuning_type": "full", "learning_rate": 1e-3}, FrozenModel, "a frozen copy of BASE"),
@@ -244,7 +244,7 @@ def test_the_cache_is_on_where_rows_are_seen_again(write_config, tmp_path: Path)
 def test_a_cached_full_run_holds_one_model(write_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefkit.train.references.copy", None)  # whoever copies the model fails
     printed = run(write_config(finetuning_type="full", num_train_epochs=2, max_steps=...))
-    assert "cached (not in memory)" in printed
+    assert "from the cache (no second model in memory)" in printed
     with pytest.raises(AttributeError, match="deepcopy"):
         run(write_config(finetuning_type="full", overwrite_output_dir=True))
 
