@@ -29,10 +29,10 @@ DASHED = ("checkpointing", "full", "all weights")
 
 def draw(curve: str, rows: list[Row], folder: Path) -> None:
     """Write the picture of a curve."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.6), layout="constrained")
     _DRAWERS[curve](axes, rows)
     axes.grid(alpha=0.3)
-    figure.savefig(folder / f"memory_{curve}.png", dpi=90)
+    figure.savefig(folder / f"memory_{curve}.png", dpi=80)
     pyplot.close(figure)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -69,16 +70,18 @@ class Point:
 
 
 class Watch(TrainerCallback):
-    """Of three steps, the first makes the optimiser's state, the second shows the resident set and the third
-    is recorded by the profiler, which needs memory of its own."""
+    """Of three steps, the first makes the optimiser's state, the second shows resident set and time, and the
+    third is recorded by the profiler, which needs memory of its own."""
 
     def __init__(self) -> None:
         self.memory = PeakMemory()
         self.resident = self.gradients = 0  # bytes; all gradients, as they are for the update
+        self.seconds = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             restart_resident_peak()
+            self.seconds -= time.perf_counter()
         if state.global_step == 2:
             self.memory.__enter__()
 
@@ -90,13 +93,14 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
+            self.seconds += time.perf_counter()
             self.resident = resident_peak()
         if state.global_step == 3:
             self.memory.__exit__(None, None, None)
 
 
-def measure(point: Point, scratch: Path) -> dict[str, int]:
-    """Bytes: the parts that make up the peak of a step, and the resident set."""
+def measure(point: Point, scratch: Path) -> dict[str, float]:
+    """The parts that make up the peak of a step and the resident set, in bytes, and the time of a step."""
     libraries = resident_bytes()
     trainer = make_trainer(point, scratch)
     reference, base = trainer.stage.reference, base_of(trainer.model)
@@ -119,6 +123,7 @@ def measure(point: Point, scratch: Path) -> dict[str, int]:
         "peak": weights + copy + state + memory.peak,
         "resident": watch.resident,
         "libraries": libraries,
+        "seconds": round(watch.seconds, 3),
     }
 
 
