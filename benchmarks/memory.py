@@ -15,7 +15,6 @@ import gc
 import json
 import multiprocessing
 import tempfile
-import time
 import warnings
 from dataclasses import asdict
 from itertools import product
@@ -136,23 +135,19 @@ def prepare_for_forks() -> None:
     gc.freeze()
 
 
-def measure_all(points: list[Point]) -> dict[str, list[dict[str, Any]]]:
-    """The measured points of each curve; tells each as it comes."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, point in enumerate(points, 1):
-            start = time.perf_counter()
-            row = run(point, Path(scratch))
-            results.setdefault(point.curve, []).append(row)
-            sizes = ", ".join(
-                f"{name} {row[name] / 1e6:,.0f}" for name in ("activations", "peak", "resident")
-            )
-            print(
-                f"{number}/{len(points)} {point.curve} {point.series} {' '.join(str(point.x).split())}: "
-                f"{sizes} MB ({time.perf_counter() - start:.1f} s)",
-                flush=True,
-            )
-    return results
+def measure_all(points: list[Point], scratch: Path) -> list[dict[str, Any]]:
+    """The measured points of a curve; tells each as it comes."""
+    rows = []
+    for number, point in enumerate(points, 1):
+        row = run(point, scratch)
+        rows.append(row)
+        sizes = ", ".join(f"{name} {row[name] / 1e6:,.0f}" for name in ("activations", "peak", "resident"))
+        print(
+            f"{point.curve} {number}/{len(points)}, {point.series} {' '.join(str(point.x).split())}: "
+            f"{sizes} MB, {row['seconds']:.2f} s",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
@@ -169,8 +164,10 @@ def main() -> None:
     prepare_for_forks()
     file = json_folder / "memory.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    results |= measure_all([point for curve in args.curves for point in CURVES[curve](args.quick)])
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        for curve in args.curves:
+            results[curve] = measure_all(CURVES[curve](args.quick), Path(scratch))
+            file.write_text(json.dumps(results, indent=1) + "\n")
     for curve, rows in results.items():
         draw(curve, rows, picture_folder)
         print(f"\n{curve}\n{table(curve, rows)}")
