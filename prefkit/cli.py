@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,8 +46,7 @@ def train(
     from prefkit.config.load import load_config
 
     loaded = load_config(config, overrides or [])
-    for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _say_warnings(loaded.warnings)
     _quiet_libraries()
 
     from prefkit.runs.report import make_console
@@ -132,10 +132,14 @@ def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConf
     from prefkit.serve.load import read_use_config
 
     loaded = read_use_config(source, overrides or [], rules)
-    for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _say_warnings(loaded.warnings)
     _quiet_libraries()
     return loaded.config
+
+
+def _say_warnings(texts: Iterable[str]) -> None:
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _sampling(config: UseConfig) -> Sampling:

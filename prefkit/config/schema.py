@@ -169,6 +169,11 @@ class ModelConfig:
         choices=("auto", "shared", "repeat"),
     )
 
+    @property
+    def trained_last(self) -> str:
+        """The last adapter, or the model where there is none."""
+        return (self.model_name_or_path, *self.adapter_name_or_path)[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -355,6 +360,18 @@ class RunConfig:
     tuning: TuningConfig
     output: OutputConfig
     training: dict[str, Any]
+
+    @property
+    def continued_adapter(self) -> str | None:
+        """The adapter that is trained on; None where a new one is, or none."""
+        adapters = self.model.adapter_name_or_path
+        return adapters[-1] if adapters and not self.tuning.create_new_adapter else None
+
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        """Adapters that are part of the model under the trained adapter."""
+        adapters = self.model.adapter_name_or_path
+        return adapters[:-1] if self.continued_adapter else adapters
 
     def value(self, name: str) -> Any:
         """The value that holds for a YAML key, given or default; KeyError where there is no such key."""

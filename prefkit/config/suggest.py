@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# A value that people know by another name.
+VALUE_SYNONYMS = {"dpo": "sigmoid"}
 SYNONYMS = {
-    "gamma": "simpo_gamma",
-    "pref_gamma": "simpo_gamma",
     "batch_size": "per_device_train_batch_size",
     "beta": "pref_beta",
     "epochs": "num_train_epochs",
     "eval_batch_size": "per_device_eval_batch_size",
+    "gamma": "simpo_gamma",
     "label_smoothing": "dpo_label_smoothing",
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_target",
     "loss_type": "pref_loss",
+    "pref_gamma": "simpo_gamma",
     "lr": "learning_rate",
     "max_seq_length": "cutoff_len",
     "micro_batch_size": "per_device_train_batch_size",

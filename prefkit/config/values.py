@@ -9,7 +9,7 @@ from typing import Any
 from .errors import is_secret, show
 from .schema import Key
 from .source import YesNo
-from .suggest import nearest
+from .suggest import VALUE_SYNONYMS, nearest
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _NOT_FILLED_IN = "${...} is not filled in: write the value itself"
@@ -108,7 +108,8 @@ def _check_text(key: Key, text: str) -> None:
         return
     if text in key.later:
         raise ValueError(f"{text} is not in this version of prefkit: write {' or '.join(key.choices)}")
-    near = "sigmoid" if (key.name, text) == ("pref_loss", "dpo") else nearest(text, key.choices)
+    synonym = VALUE_SYNONYMS.get(text)
+    near = synonym if synonym in key.choices else nearest(text, key.choices)
     hint = f"; did you mean {near}?" if near else f": write one of {_spell(key.choices)}"
     raise ValueError(f"{show(key.name, text)} is not one of its values{hint}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefkit.config.errors import UserError
+from prefkit.config.schema import DataConfig
 from prefkit.data.examples import Message
 from prefkit.data.formats import Degenerate
 
@@ -37,6 +38,19 @@ CONTROL_TOKENS = {
 
 class TemplateError(UserError):
     """A template that does not exist or does not suit the model."""
+
+
+def make_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatTemplate:
+    """The template that the config names, put into the tokenizer. Raises `TemplateError`."""
+    template = ChatTemplate(
+        tokenizer,
+        config.template,
+        default_system=config.default_system,
+        enable_thinking=config.enable_thinking,
+        preserve_thinking=config.preserve_thinking,
+    )
+    template.install()
+    return template
 
 
 class ChatTemplate:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+# Keys of `generate` that always take the likeliest token; the others would only be warned of.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 
 @torch.no_grad()
 def generate_responses(
@@ -44,10 +47,7 @@ def generate_responses(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **GREEDY,
                 eos_token_id=stop_ids(model, template),
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -39,11 +39,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(config: ModelConfig, max_length: int = 0, bits: int | None = None) -> PreTrainedModel:
+def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     """The model, in the dtype of its checkpoint unless `dtype` says otherwise, its own dropout off.
 
     Log-ratios of policy and reference are to differ by training alone, so nothing in the base model may
-    be random. `max_length` is what `rope_scaling` stretches the model to; `bits` quantise its weights.
+    be random. `max_length` is what `rope_scaling` stretches the model to.
     Raises `ModelError` when it is not there, has only pickled weights, or cannot be run as asked.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,8 +56,8 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0, bits: int | None = 
         options["attn_implementation"] = implementation
     if config.rope_scaling:
         options["config"] = stretch_positions(_from_pretrained(AutoConfig, config), config, max_length)
-    if bits is not None:
-        options["quantization_config"] = _quantization(config, bits)
+    if config.quantization_bit is not None:
+        options["quantization_config"] = _quantization(config)
         options["device_map"] = {"": torch.accelerator.current_accelerator() or torch.device("cpu")}
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.trust_remote_code and type(model).__module__.startswith("transformers_modules"):
@@ -96,12 +96,12 @@ def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -
     return model_config
 
 
-def _quantization(config: ModelConfig, bits: int) -> Any:
+def _quantization(config: ModelConfig) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantization_bit: bitsandbytes is not installed: pip install 'prefkit[qlora]'")
     from transformers import BitsAndBytesConfig
 
-    if bits == 8:
+    if config.quantization_bit == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -29,16 +29,16 @@ def prepare_for_training(
     well, and modules trained in full beside an adapter stay in the dtype of the base. Where the vocabulary
     was `resized`, embedding and head are trained. Raises `ModelError` for absent modules or adapters.
     """
+    from peft import PeftModel
+
+    policy: PreTrainedModel | PeftModel = model
     if config.finetuning_type == "lora":
         started = start_from_adapters(model, model_config, config.create_new_adapter)
-        adapted = bool(model_config.adapter_name_or_path) and not config.create_new_adapter
-        policy: PreTrainedModel | PeftModel = started if adapted else add_lora(started, config, resized)  # type: ignore[arg-type]
-    else:
-        if config.finetuning_type == "freeze":
-            _train_only(
-                model, freeze_names(model, config) | (_vocabulary_weights(model) if resized else set())
-            )
-        policy = model
+        # Still an adapter upon the model: that one is trained on.
+        policy = started if isinstance(started, PeftModel) else add_lora(started, config, resized)
+    elif config.finetuning_type == "freeze":
+        vocabulary = _vocabulary_weights(model) if resized else set()
+        _train_only(model, freeze_names(model, config) | vocabulary)
     _set_dtypes(policy, config, mixed_precision)
     return policy
 

@@ -48,12 +48,6 @@ def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None
     _replace(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def merged_adapters(config: RunConfig) -> list[str]:
-    """Adapters that are part of the model under the trained adapter."""
-    paths = list(config.model.adapter_name_or_path)
-    return paths if config.tuning.create_new_adapter else paths[:-1]
-
-
 def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool) -> None:
     """Write `README.md`: what the adapter or model is, and how to load it."""
     what, reader = (

@@ -14,10 +14,11 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from prefkit.config.errors import UserError
+from prefkit.config.schema import GenerationConfig
 from prefkit.data.examples import Message
 from prefkit.data.formats import Degenerate
 from prefkit.data.template import ChatTemplate
-from prefkit.model.generate import stop_ids
+from prefkit.model.generate import GREEDY, stop_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,17 +50,17 @@ class Assistant:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn; the keys are those of transformers' generation config.
+    """How an answer is drawn: the keys of `GenerationConfig`, with its defaults.
 
     `seed` makes an answer repeatable: each answer then starts from it.
     """
 
-    do_sample: bool = True
-    temperature: float = 0.95
-    top_p: float = 0.7
-    top_k: int = 50
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
+    do_sample: bool = GenerationConfig.do_sample
+    temperature: float = GenerationConfig.temperature
+    top_p: float = GenerationConfig.top_p
+    top_k: int = GenerationConfig.top_k
+    repetition_penalty: float = GenerationConfig.repetition_penalty
+    max_new_tokens: int = GenerationConfig.max_new_tokens
     seed: int | None = None
 
     @property
@@ -191,7 +192,7 @@ class _Halt(StoppingCriteria):
 def _generation_keys(sampling: Sampling) -> dict[str, Any]:
     keys: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
     if sampling.greedy:
-        return {**keys, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return keys | GREEDY
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return {**keys, **drawn, "do_sample": True}
 

@@ -85,8 +85,7 @@ def export(config: UseConfig, say: Say) -> Path:
 def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
     """Rows of the training's own probe, or questions of ours."""
     for path in (*reversed(config.model.adapter_name_or_path), config.model.model_name_or_path):
-        probe = read_probe(Path(path)) if Path(path).is_dir() else None
-        if probe is not None:
+        if probe := read_probe(Path(path)):
             return probe.rows
     rows = []
     for question, answer in _QUESTIONS:
@@ -138,8 +137,7 @@ def _compare(probe: Probe, folder: Path, config: UseConfig, moved: float | None)
 def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | None) -> None:
     """`prefkit.json` and the model card."""
     model = config.model
-    source = Path((model.adapter_name_or_path or (model.model_name_or_path,))[-1])
-    run = (read_record(source) if source.is_dir() else None) or {}
+    run = read_record(Path(model.trained_last)) or {}
     kept = ("stage", "loss", "finetuning_type", "reference", "trained_on", "data", "pairs")
     record = {
         "base_model": model.model_name_or_path,

@@ -16,8 +16,6 @@ from prefkit.config.schema import UseConfig
 from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from prefkit.data.template import ChatTemplate
     from prefkit.serve.assistant import Assistant
 
@@ -41,9 +39,7 @@ def read_use_config(source: str | None, overrides: Sequence[str], rules: Rules) 
         raise UserError(f"{source} does not exist")
     defaults = _defaults_of(source) if source and file is None else {}
     loaded = load_use_config(file, overrides, defaults, rules)
-    model = loaded.config.model
-    last = model.adapter_name_or_path[-1] if model.adapter_name_or_path else model.model_name_or_path
-    recorded = _usage(Path(last)) if Path(last).is_dir() else {}
+    recorded = _usage(Path(loaded.config.model.trained_last))
     return load_use_config(file, overrides, {**recorded, **defaults}, rules)
 
 
@@ -83,13 +79,10 @@ def _usage(folder: Path) -> dict[str, Any]:
         names: tuple[str, ...] = (*_TEMPLATE, "dtype")
         if config.tuning.finetuning_type == "lora":
             names += _ADAPTED  # a model saved whole carries these itself
-        return {name: _plain(config.value(name)) for name in names}
-    record = read_record(folder) if (folder / RECORD_FILE).is_file() else None
+        values = config.to_yaml_dict()
+        return {name: values[name] for name in names}
+    record = read_record(folder)
     return {name: record["usage"][name] for name in _TEMPLATE} if record and "usage" in record else {}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def usage_of(config: UseConfig) -> dict[str, Any]:
@@ -112,44 +105,22 @@ def load_model(config: UseConfig) -> LoadedModel:
 
     Raises `ModelError` when something is missing or is not what was trained.
     """
+    from prefkit.data.template import make_template
     from prefkit.model.adapter import start_from_adapters
+    from prefkit.model.generate import stop_ids
     from prefkit.model.load import fit_vocabulary, load_causal_lm, load_tokenizer
     from prefkit.model.probe import verify
 
     tokenizer = load_tokenizer(config.model)
-    template = make_template(config, tokenizer)
-    base = load_causal_lm(config.model, config.data.cutoff_len, config.model.quantization_bit)
+    template = make_template(tokenizer, config.data)
+    base = load_causal_lm(config.model, config.data.cutoff_len)
     fit_vocabulary(base, tokenizer, config.model)
-    base.generation_config.eos_token_id = _end_ids(base, tokenizer)
+    base.generation_config.eos_token_id = stop_ids(base, template)
     model: Any = start_from_adapters(base, config.model, create_new=False)
     model.requires_grad_(False)
     model.eval()
-    name = (config.model.adapter_name_or_path or (config.model.model_name_or_path,))[-1]
-    proof = verify(model, Path(name), name)
-    return LoadedModel(model, template, proof)
-
-
-def make_template(config: UseConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template, put into the tokenizer."""
-    from prefkit.data.template import ChatTemplate
-
-    data = config.data
-    template = ChatTemplate(
-        tokenizer,
-        data.template,
-        default_system=data.default_system,
-        enable_thinking=data.enable_thinking,
-        preserve_thinking=data.preserve_thinking,
-    )
-    template.install()
-    return template
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the model's own tokens, and the one that ends a turn of the template."""
-    own = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(i for i in ids if i is not None)
+    name = config.model.trained_last
+    return LoadedModel(model, template, verify(model, Path(name), name))
 
 
 def load_assistant(config: UseConfig) -> Assistant:
@@ -160,7 +131,7 @@ def load_assistant(config: UseConfig) -> Assistant:
 
     loaded = load_model(config)
     model = config.model
-    name = (model.adapter_name_or_path or (model.model_name_or_path,))[-1]
     if model.quantization_bit is None:
         loaded.model.to(torch.accelerator.current_accelerator() or "cpu")
-    return Assistant(loaded.model, loaded.template, Path(name).name, bool(model.adapter_name_or_path))
+    name = Path(model.trained_last).name
+    return Assistant(loaded.model, loaded.template, name, bool(model.adapter_name_or_path))

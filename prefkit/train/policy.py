@@ -13,7 +13,7 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, RunConfig
 from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of
-from prefkit.model.architecture import Architecture, read_architecture
+from prefkit.model.architecture import read_architecture
 from prefkit.model.attention import use_shared_prompts
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.policy import attach_logps_forward, has_router_loss
@@ -29,13 +29,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that is trained, ready for packed batches in `layout`, and what is known of it.
+    """The model that is trained, ready for packed batches in `layout`.
 
     `compute_dtype` is the number format of its forward.
     """
 
     model: PreTrainedModel | PeftModel
-    architecture: Architecture
     layout: Layout
     compute_dtype: torch.dtype
 
@@ -49,26 +48,26 @@ def build_policy(
     config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> Policy:
     """Load and prepare the policy. Raises `ModelError` for what the model cannot do."""
-    base = load_causal_lm(config.model, config.data.cutoff_len, config.model.quantization_bit)
+    base = load_causal_lm(config.model, config.data.cutoff_len)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
     model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
-    if config.model.adapter_name_or_path and not config.tuning.create_new_adapter:
-        last = config.model.adapter_name_or_path[-1]
-        verify(model, Path(last), last)
+    if adapter := config.continued_adapter:
+        verify(model, Path(adapter), adapter)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
-    architecture, layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
-    policy = Policy(model, architecture, layout, _compute_dtype(model, args))
+    layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
+    policy = Policy(model, layout, _compute_dtype(model, args))
     _tell_weights(policy, say)
     return policy
 
 
-def prepare_for_batches(
-    base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say
-) -> tuple[Architecture, Layout]:
-    """Make a model take packed batches. Raises `UserError` where it cannot as the config wants it."""
+def prepare_for_batches(base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say) -> Layout:
+    """Make a model take packed batches; the layout that they have.
+
+    Raises `UserError` where it cannot as the config wants it.
+    """
     architecture = read_architecture(base.config)
     layout = architecture.choose_layout(config.batch_layout, cutoff_len)
     if layout == "shared":
@@ -81,7 +80,7 @@ def prepare_for_batches(
     if config.moe_aux_loss_coef and not has_router_loss(base):
         raise UserError(f"moe_aux_loss_coef: {architecture.name} has no load-balancing loss: remove the key")
     attach_logps_forward(base, architecture, router_loss=bool(config.moe_aux_loss_coef))
-    return architecture, layout
+    return layout
 
 
 def _tell_weights(policy: Policy, say: Say) -> None:

@@ -24,7 +24,6 @@ from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fil
 from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter, Reference
 from prefkit.objectives.logps import ResponseLogps
 from prefkit.objectives.pairwise import LOSSES
-from prefkit.runs.record import merged_adapters
 from prefkit.train.policy import Policy, Say, prepare_for_batches
 
 if TYPE_CHECKING:
@@ -67,28 +66,26 @@ class ReferenceBuilder:
     def _choose(self) -> Reference:
         """The reference without a cache."""
         config, model = self.config, self.policy.model
-        if config.reference.ref_model and not self._is_own_base():
+        if self._needs_model():
             return self._load_model()
         if config.tuning.finetuning_type != "lora":
             name = f"a frozen copy of {config.model.model_name_or_path}"
             frozen = copy.deepcopy(model).to(self.args.device)  # type: ignore[arg-type]
             return FrozenModel(frozen, name, True, self._autocast)
         adapted: PeftModel = model  # type: ignore[assignment]
-        goes_on = bool(config.model.adapter_name_or_path) and not config.tuning.create_new_adapter
-        if config.reference.ref_model or not config.training.get("do_train"):
-            return AdapterOff(adapted, merged_adapters(config), is_initial_policy=not goes_on)
-        if goes_on:
+        goes_on = config.continued_adapter
+        against_base = config.reference.ref_model or not config.training.get("do_train")
+        if goes_on and not against_base:
             freeze_initial(adapted)
-            return InitialAdapter(adapted, config.model.adapter_name_or_path[-1])
-        if config.tuning.pissa_init:
+            return InitialAdapter(adapted, goes_on)
+        if config.tuning.pissa_init and not against_base:
             return InitialAdapter(adapted, "the adapter that pissa_init made")
-        return AdapterOff(adapted, merged_adapters(config))
+        return AdapterOff(adapted, config.merged_adapters, is_initial_policy=not goes_on)
 
     def _is_own_base(self) -> bool:
         """Whether `ref_model` is what the policy is with its adapter switched off."""
-        reference, model, tuning = self.config.reference, self.config.model, self.config.tuning
-        num_merged = len(model.adapter_name_or_path) - (not tuning.create_new_adapter)
-        untouched = num_merged <= 0 and not tuning.pissa_init
+        reference, model = self.config.reference, self.config.model
+        untouched = not self.config.merged_adapters and not self.config.tuning.pissa_init
         same = self.weights[reference.ref_model or ""] == self.weights[model.model_name_or_path]
         plain = not reference.ref_model_adapters and reference.ref_model_quantization_bit is None
         return same and plain and untouched and model.quantization_bit is None
@@ -97,7 +94,7 @@ class ReferenceBuilder:
         """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
         config, own = self.config, self.config.reference
         model_config = replace(_ref_model_config(config), batch_layout=self.policy.layout)
-        model = load_causal_lm(model_config, config.data.cutoff_len, own.ref_model_quantization_bit)
+        model = load_causal_lm(model_config, config.data.cutoff_len)
         fit_vocabulary(model, self.tokenizer, model_config)
         model = merge_adapters(model, own.ref_model_adapters, model_config)
         try:
@@ -146,21 +143,18 @@ class ReferenceBuilder:
 
     def _computed_beforehand(self, store: LogpsStore, examples: list[Any]) -> CachedReference:
         """All log-probs at once, by a model that is then let go, or by the policy while it is still that."""
-        name = f"{self.config.model.model_name_or_path} as it was before training"
-        is_initial = True
-        compute = self._initial_logps
+        needs_model = self._needs_model()
+        before = f"{self.config.model.model_name_or_path} as it was before training"
+        name = self._model_name() if needs_model else before
         rank, size = self.args.process_index, self.args.world_size
         if any(example.key not in store for example in examples):
-            if self._needs_model():
-                model = self._load_model()
-                compute = partial(self._logps_of, model)
+            compute = partial(self._logps_of, self._load_model()) if needs_model else self._initial_logps
             budget = self.args.per_device_train_batch_size * self.config.data.cutoff_len
             fill(store, examples[rank::size], compute, self.policy.layout, budget, self.track)
         PartialState().wait_for_everyone()
         store.refresh()
-        if self._needs_model():
-            name, is_initial = self._model_name(), False
-        return CachedReference(store, None, f"{name}, from the cache (no second model in memory)", is_initial)
+        described = f"{name}, from the cache (no second model in memory)"
+        return CachedReference(store, None, described, is_initial_policy=not needs_model)
 
     def _initial_logps(self, batch: dict[str, Any]) -> ResponseLogps:
         """Of the policy, which is not trained yet."""
@@ -181,7 +175,7 @@ class ReferenceBuilder:
         facts: dict[str, Any] = {name: config.value(name) for name in names}
         ref = config.reference
         paths: list[str] = [config.model.model_name_or_path, *config.model.adapter_name_or_path]
-        num_merged = len(merged_adapters(config))
+        num_merged = len(config.merged_adapters)
         if ref.ref_model:
             paths = [ref.ref_model, *ref.ref_model_adapters]
             num_merged = len(ref.ref_model_adapters)
@@ -210,5 +204,6 @@ def _ref_model_config(config: RunConfig) -> ModelConfig:
         model_name_or_path=config.reference.ref_model or "",
         model_revision="main",
         adapter_name_or_path=(),
+        quantization_bit=config.reference.ref_model_quantization_bit,
         moe_aux_loss_coef=None,
     )

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, set_seed
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import Pairs, load_pairs
 from prefkit.data.sources import DataError
-from prefkit.data.template import ChatTemplate
+from prefkit.data.template import ChatTemplate, make_template
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
 from prefkit.model.load import load_tokenizer
@@ -23,7 +23,7 @@ from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import check_weights, merged_adapters, write_model_card, write_record
+from prefkit.runs.record import check_weights, write_model_card, write_record
 from prefkit.runs.report import print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.arguments import make_training_arguments
@@ -54,14 +54,7 @@ def train(config: RunConfig, console: Console) -> None:
         return
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
-    template = ChatTemplate(
-        tokenizer,
-        config.data.template,
-        default_system=config.data.default_system,
-        enable_thinking=config.data.enable_thinking,
-        preserve_thinking=config.data.preserve_thinking,
-    )
-    template.install()
+    template = make_template(tokenizer, config.data)
     tracker = _tracker(console)
     pairs = load_pairs(config.data, template, args.seed, tracker)
     print_ledger(console, pairs.ledgers, len(pairs.train), len(pairs.held_out))
@@ -232,7 +225,7 @@ class Run:
         facts = {
             "finished": finished,
             "base_model": self.config.model.model_name_or_path,
-            "adapters_below": merged_adapters(self.config),
+            "adapters_below": list(self.config.merged_adapters),
             "fingerprints": self.weights,
             "stage": self.config.method.stage,
             "loss": self.config.method.pref_loss,
