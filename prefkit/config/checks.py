@@ -334,7 +334,12 @@ NEEDS = (
     Needs("loraplus_lr_embedding", lambda v: v.loraplus_lr_ratio, "loraplus_lr_ratio"),
 )  # fmt: skip
 
-TRAINING = Rules(ERRORS, WARNINGS, NEEDS)
+_TRAINABLE = (
+    Check("stage_later", ("stage",), lambda v: v.stage != "dpo",
+          "{stage} is not in this version of prefkit: write dpo; `prefkit check` reads the data of {stage}"),
+)  # fmt: skip
+CHECKING = Rules(ERRORS, WARNINGS, NEEDS)
+TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, NEEDS)
 
 # Which model this is, or a secret: as wrong in a use as in training.
 _REFUSED = tuple(

@@ -27,8 +27,6 @@ class Foreign(NamedTuple):
 _SECRET = "a secret belongs into the environment, never into a config: set "
 _OPTIMIZERS = "this optimizer is not in this version: remove the key, or name another one with optim"
 _LAYERS = "not in this version: remove the key, and choose layers with finetuning_type: freeze"
-_MIXING = "data sets are concatenated in this version: remove the key"
-_CACHE = "the encoded data set is not stored in this version: remove the key"
 
 _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
     ("refuse", _SECRET + "HF_TOKEN, or run `hf auth login`",
@@ -60,12 +58,8 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
       "use_muon": False}),
     ("refuse", "this backend is not in this version: remove the key, and run torchrun for several GPUs",
      {"use_kt": False, "use_mca": False, "ray_num_workers": 1}),
-    ("refuse", "not in this version: remove the key, and limit the data with max_samples if it is large",
-     {"streaming": False}),
-    ("refuse", _MIXING, {"mix_strategy": "concat", "interleave_probs": None}),
     ("refuse", "preference pairs are not packed: remove the key; batch_layout: shared saves the same work",
      {"packing": None, "neat_packing": False}),
-    ("refuse", _CACHE, {"tokenized_path": None}),
     ("refuse", "a preference loss always reads whole responses and no prompt: remove the key",
      {"train_on_prompt": False, "mask_history": False, "use_dft_loss": False}),
     ("refuse", "tool calls are not in this version: remove the key", {"tool_format": None}),
@@ -73,15 +67,14 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
      {"use_fast_tokenizer": True, "low_cpu_mem_usage": True, "use_unsloth": False,
       "use_unsloth_gc": False,
       "enable_liger_kernel": False, "use_reentrant_gc": True, "use_v1_kernels": False,
-      "offload_folder": "offload", "preprocessing_num_workers": None, "preprocessing_batch_size": 1000,
-      "overwrite_cache": False, "data_shared_file_system": False, "buffer_size": 16384,
+      "offload_folder": "offload", "preprocessing_batch_size": 1000, "data_shared_file_system": False,
       "half_precision_backend": "auto", "fp16_backend": "auto", "fp16_opt_level": "O1",
       "use_mps_device": False, "use_ipex": False, "torchdynamo": None, "dispatch_batches": None,
       "split_batches": None, "local_rank": -1}),
     ("ignore", "concerns logging only",
      {"print_param_status": False, "include_tokens_per_second": False,
       "include_effective_tokens_per_second": False, "logging_dir": None, "compute_accuracy": False,
-      "eval_on_each_dataset": False, "use_swanlab": False, "swanlab_project": "llamafactory",
+      "use_swanlab": False, "swanlab_project": "llamafactory",
       "swanlab_workspace": None, "swanlab_run_name": None, "swanlab_mode": "cloud",
       "swanlab_logdir": None, "swanlab_lark_webhook_url": None, "enable_torch_profiler": False,
       "profiler_output_dir": None, "profiler_wait_steps": 1, "profiler_warmup_steps": 1,

@@ -180,11 +180,62 @@ class DataConfig:
     """Which preference pairs are read and how they become tokens."""
 
     template: str | None = key(None, "Name of the chat template; null takes the one of the tokenizer.")
-    dataset: tuple[str, ...] = key((), "Names of data sets to train on, as in dataset_info.json.")
-    eval_dataset: tuple[str, ...] = key((), "Names of data sets to evaluate on.")
-    dataset_dir: str = key("data", "Folder with dataset_info.json and its files.")
+    dataset: tuple[str, ...] = key(
+        (), "Data sets to train on: names in dataset_info.json, or files and folders."
+    )
+    eval_dataset: tuple[str, ...] = key((), "Data sets to evaluate on, named in the same way.")
+    eval_on_each_dataset: bool = key(False, "Evaluate on each eval_dataset by itself.")
+    dataset_dir: str = key(
+        "data",
+        "Folder with dataset_info.json and its files; ONLINE reads data sets of the Hub by their id, "
+        "REMOTE:ID the dataset_info.json of one.",
+    )
     cutoff_len: int = key(2048, "Most tokens of a prompt with one response; more is cut.", minimum=8)
+    truncation: str = key(
+        "prefkit",
+        "What is cut: prefkit keeps the end of a prompt and most of a response; llamafactory cuts the ends "
+        "of both in proportion.",
+        choices=("prefkit", "llamafactory"),
+    )
     max_samples: int | None = key(None, "Most rows read of each data set, from its start.", minimum=1)
+    mix_strategy: str = key(
+        "concat",
+        "How data sets are mixed: one after the other (concat), or in turn until one is used up "
+        "(interleave_under), until all are, some repeated (interleave_over), or each row once "
+        "(interleave_once).",
+        choices=("concat", "interleave_under", "interleave_over", "interleave_once"),
+    )
+    interleave_probs: tuple[str, ...] = key(
+        (), "Probability of drawing from each data set when they are mixed in turn; absent: strictly in turn."
+    )
+    streaming: bool = key(
+        False, "Read and encode rows while training, instead of all beforehand; needs max_steps."
+    )
+    buffer_size: int = key(16384, "Rows among which streaming shuffles.", minimum=1)
+    on_bad_row: str | None = key(
+        None,
+        "Whether a row that cannot be used stops the run or is skipped and counted; null stops at malformed "
+        "rows and skips those that can teach nothing.",
+        choices=("stop", "skip"),
+    )
+    duplicate_prompts: str = key(
+        "keep",
+        "Whether rows whose prompt was seen before in the same data set are kept or skipped and counted.",
+        choices=("keep", "skip"),
+    )
+    ranked_responses: str = key(
+        "group",
+        "How a list of ranked responses is trained on: as one example, its prompt computed once (group), or "
+        "as an example for each pair (pairs).",
+        choices=("group", "pairs"),
+    )
+    tokenized_path: str | None = key(
+        None, "Folder in which encoded rows are kept and found again; null takes one in the user's cache."
+    )
+    overwrite_cache: bool = key(False, "Encode all rows again, whatever was kept.")
+    preprocessing_num_workers: int | None = key(
+        None, "Processes that encode rows; null takes one.", minimum=1
+    )
     val_size: float = key(
         0.0, "Rows held out of dataset for evaluation: a fraction below 1, or a count above 1.", minimum=0
     )
@@ -206,9 +257,10 @@ class MethodConfig:
 
     stage: str = key(
         REQUIRED,
-        "Training stage; dpo is training on pairs with any pref_loss.",
-        choices=("dpo",),
-        later=("kto", "rm", "ppo", "sft", "pt"),
+        "Training stage: on pairs with any pref_loss (dpo), on single judged responses (kto), a reward model "
+        "(rm) or by reinforcement (ppo); this version only checks the last three.",
+        choices=("dpo", "kto", "rm", "ppo"),
+        later=("sft", "pt"),
         example="dpo",
     )
     pref_loss: str = key(

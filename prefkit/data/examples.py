@@ -1,18 +1,32 @@
 """One row of preference data as plain text: a prompt and the responses under it, no tokens yet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
-Label = Literal["chosen", "rejected"]
+Role = Literal["system", "user", "assistant", "tool"]
+Label = Literal["chosen", "rejected", "ranked", "desirable", "undesirable"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant asks for; `arguments` is what its JSON holds."""
+
+    name: str
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    A thought stands at the head of an assistant's `content`, between `<think>` and `</think>`. `calls` are
+    the functions that an assistant asks for; the turn of role `tool` has the result of one as its content.
+    """
 
     role: Role
     content: str
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -21,15 +35,38 @@ class Response:
 
     content: str
     label: Label
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> Message:
+        """The response as a turn of the assistant."""
+        return Message("assistant", self.content, self.calls)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses of an example by their index, the first one better.
+
+    `margin` is by how much, in the unit of the loss's reward; `weight` multiplies the loss.
+    """
+
+    chosen: int
+    rejected: int
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Example:
     """A prompt with its responses; `source` is `file:row`, to name the row in a message.
 
-    The prompt ends with a user turn; a system turn, if any, comes first.
+    The prompt ends with a turn of the user or of a tool; a system turn, if any, comes first. `tools`
+    describes, as JSON schemas, the functions that the assistant may call. `pairs` are empty where
+    responses are not compared.
     """
 
     prompt: tuple[Message, ...]
     responses: tuple[Response, ...]
     source: str
+    pairs: tuple[Pair, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
