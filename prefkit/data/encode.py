@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
-from prefkit.data.examples import Example, Message
-from prefkit.data.formats import Degenerate
+from prefkit.data.examples import Example, Label, Message, Pair
+from prefkit.data.messages import Degenerate
 from prefkit.data.template import ChatTemplate
+
+Truncation = Literal["prefkit", "llamafactory"]
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
     """Token ids of a prompt and of the responses under it.
 
-    `pairs` holds (chosen, rejected) as indices of responses; `truncated` says that a part was cut.
+    `labels` say how each response was judged and `pairs` which are compared, by index; `truncated` says
+    that a part was cut. `question` is the last turn of the user, to be shown.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
-    pairs: list[tuple[int, int]]
+    pairs: tuple[Pair, ...]
     source: str
     truncated: bool = False
+    labels: tuple[Label, ...] = ()
+    question: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -37,55 +43,139 @@ class TokenizedExample:
         """Tokens in all, the prompt counted once."""
         return len(self.prompt_ids) + sum(map(len, self.response_ids))
 
+    def split(self) -> Iterator[TokenizedExample]:
+        """An example for each pair, with its two responses only."""
+        if len(self.pairs) == 1 and len(self.response_ids) == 2:
+            yield self
+            return
+        for pair in self.pairs:
+            kept = (pair.chosen, pair.rejected)
+            yield replace(
+                self,
+                response_ids=[self.response_ids[i] for i in kept],
+                pairs=(replace(pair, chosen=0, rejected=1),),
+                labels=tuple(self.labels[i] for i in kept),
+            )
 
-def encode_example(example: Example, template: ChatTemplate, cutoff_len: int) -> TokenizedExample:
-    """Encode a pair so that the prompt with either response has at most `cutoff_len` tokens.
 
-    Where the whole does not fit, a response is kept up to 3/4 of `cutoff_len` (more, if the prompt leaves
-    more) and loses its tail, with it the end token. The prompt gets the rest: whole early turns go first,
-    then the head of the last turn; the system turn stays.
+def encode_example(
+    example: Example, template: ChatTemplate, cutoff_len: int, truncation: Truncation = "prefkit"
+) -> TokenizedExample:
+    """Encode an example so that the prompt with any response has at most `cutoff_len` tokens.
 
-    Raises `Degenerate` when both responses come out equal, or when no prompt fits.
+    Raises `Degenerate` when no two responses that are compared differ, when a response has no token, or
+    when no prompt fits.
     """
-    texts = [response.content for response in example.responses]
-    prompt_ids, response_ids = template.encode(example.prompt, texts)
-    longest = max(cutoff_len - len(prompt_ids), cutoff_len * 3 // 4)
+    messages = [response.message for response in example.responses]
+    prompt_ids, response_ids = template.encode(example.prompt, messages, example.tools)
+    if not prompt_ids:
+        raise Degenerate("empty prompt")
+    if not all(response_ids):
+        raise Degenerate("a response without a token to score")
+    cut_prompt, cut = _TRUNCATE[truncation](example, template, prompt_ids, response_ids, cutoff_len)
+    if not all(cut):
+        raise Degenerate("no room for a response beside the prompt")
+    pairs = tuple(pair for pair in example.pairs if cut[pair.chosen] != cut[pair.rejected])
+    if example.pairs and not pairs:
+        as_written = all(response_ids[p.chosen] == response_ids[p.rejected] for p in example.pairs)
+        raise Degenerate(f"chosen equals rejected after {'templating' if as_written else 'truncation'}")
+    return TokenizedExample(
+        cut_prompt,
+        cut,
+        pairs,
+        example.source,
+        truncated=cut_prompt != prompt_ids or cut != response_ids,
+        labels=tuple(response.label for response in example.responses),
+        question=next((turn.content for turn in reversed(example.prompt) if turn.role == "user"), ""),
+    )
+
+
+Ids = tuple[list[int], list[list[int]]]
+
+
+def _keep_ends(
+    example: Example,
+    template: ChatTemplate,
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
+    cutoff: int,
+) -> Ids:
+    """A response is kept up to 3/4 of `cutoff` (more, if the prompt leaves more) and loses its tail, with it
+    the end token. The prompt gets the rest: whole early exchanges go first, then the head of the last
+    user turn; the system turn stays."""
+    longest = max(cutoff - len(prompt_ids), cutoff * 3 // 4)
     cut = [ids[:longest] for ids in response_ids]
-    room = cutoff_len - max(map(len, cut))
-    truncated = cut != response_ids or len(prompt_ids) > room
+    room = cutoff - max(map(len, cut), default=0)
     if len(prompt_ids) > room:
-        prompt_ids = _shorten_prompt(example.prompt, template, texts, room)
-    if cut[0] == cut[1]:
-        equal_before = response_ids[0] == response_ids[1]
-        raise Degenerate(f"chosen equals rejected after {'templating' if equal_before else 'truncation'}")
-    labels = [response.label for response in example.responses]
-    pair = (labels.index("chosen"), labels.index("rejected"))
-    return TokenizedExample(prompt_ids, cut, [pair], example.source, truncated)
+        prompt_ids = _shorten_prompt(example, template, room)
+    return prompt_ids, cut
 
 
-def _shorten_prompt(
-    prompt: Sequence[Message], template: ChatTemplate, responses: Sequence[str], room: int
-) -> list[int]:
-    """Token ids of the prompt without as many early turns, and then tokens of its last, as do not fit.
+def _cut_in_proportion(
+    example: Example,
+    template: ChatTemplate,
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
+    cutoff: int,
+) -> Ids:
+    """LLaMA-Factory's rule, on token ids: prompt and responses lose their ends, each in proportion to its
+    length, unless one of them takes less than half of `cutoff` and is kept whole.
+
+    >>> [_share_room(*lengths, 2048) for lengths in ((3000, 1000), (1000, 3000), (30, 3000))]
+    [(1048, 1000), (1000, 1048), (30, 2018)]
+    """
+    for_prompt, for_responses = _share_room(len(prompt_ids), max(map(len, response_ids), default=0), cutoff)
+    return prompt_ids[:for_prompt], [ids[:for_responses] for ids in response_ids]
+
+
+def _share_room(prompt: int, response: int, cutoff: int) -> tuple[int, int]:
+    """Tokens of `cutoff` for a prompt and a response of these lengths."""
+    if 2 * response < cutoff:
+        most = cutoff
+    elif 2 * prompt < cutoff:
+        most = cutoff - prompt
+    else:
+        most = int(cutoff * (response / (prompt + response)))
+    kept = min(response, most)
+    return min(prompt, max(cutoff - kept, 0)), kept
+
+
+_TRUNCATE: dict[Truncation, Callable[..., Ids]] = {
+    "prefkit": _keep_ends,
+    "llamafactory": _cut_in_proportion,
+}
+
+
+def _shorten_prompt(example: Example, template: ChatTemplate, room: int) -> list[int]:
+    """Token ids of the prompt without as many early exchanges, and then tokens of its last question, as do
+    not fit.
 
     The responses are encoded along, since a template may open the answer by what follows.
     """
-    system = [message for message in prompt[:1] if message.role == "system"]
-    turns = list(prompt[len(system) :])
-    while len(turns) > 1:
-        turns = turns[2:]  # a question and its answer
-        ids = template.encode([*system, *turns], responses)[0]
-        if len(ids) <= room:
+    messages = [response.message for response in example.responses]
+    system = [message for message in example.prompt[:1] if message.role == "system"]
+    turns = list(example.prompt[len(system) :])
+
+    def encode() -> list[int]:
+        return template.encode([*system, *turns], messages, example.tools)[0]
+
+    while (start := _next_question(turns)) is not None:
+        turns = turns[start:]
+        if len(ids := encode()) <= room:
             return ids
-    last = turns[0]
-    ids = template.encode([*system, last], responses)[0]
+    ids = encode()
     while len(ids) > room:
-        shorter = _drop_head(last.content, len(ids) - room, template)
+        shorter = _drop_head(turns[0].content, len(ids) - room, template)
         if not shorter:
-            raise Degenerate("no room for the prompt beside the system turn")
-        last = Message("user", shorter)
-        ids = template.encode([*system, last], responses)[0]
+            raise Degenerate("no room for the prompt beside what cannot be cut")
+        turns[0] = Message("user", shorter)
+        ids = encode()
     return ids
+
+
+def _next_question(turns: Sequence[Message]) -> int | None:
+    """Where the second user turn is: what stands before it can go as a whole."""
+    return next((i for i, turn in enumerate(turns) if i and turn.role == "user"), None)
 
 
 def _drop_head(text: str, num_tokens: int, template: ChatTemplate) -> str:

@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
-from prefkit.data.examples import Example, Label, Message, Response, Role
+from prefkit.data.examples import Example, Label, Message, Pair, Response
+from prefkit.data.messages import (
+    TAGS,
+    Degenerate,
+    RowError,
+    check_turns,
+    kind,
+    read_message,
+    read_messages,
+    read_text,
+    read_tools,
+)
 
 Row = Mapping[str, Any]
+Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
+# What a stage reads of a row: responses that are compared, one that is judged, or the prompt alone.
+Use = Literal["pairs", "judged", "prompts"]
 
-
-class RowError(ValueError):
-    """A malformed row: the message says which column is wrong and what was expected."""
-
-
-class Degenerate(ValueError):
-    """A well-formed row that cannot teach anything; the message is the reason it is counted under."""
-
-
+_COMMON = {
+    "system": "system",
+    "tools": "tools",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "kto_tag": "kto_tag",
+    "responses": "responses",
+    "ranks": "ranks",
+    "scores": "scores",
+    "margin": "margin",
+    "weight": "weight",
+    "images": "images",
+    "videos": "videos",
+    "audios": "audios",
+}
 COLUMNS = {
     "alpaca": {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "system": "system",
-        "history": "history",
-        "chosen": "chosen",
-        "rejected": "rejected",
+        **{"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+        **_COMMON,
     },
-    "sharegpt": {
-        "messages": "conversations",
-        "system": "system",
-        "chosen": "chosen",
-        "rejected": "rejected",
-    },
+    "sharegpt": {"messages": "conversations", **_COMMON},
+    "openai": {"messages": "messages", **_COMMON},
+    "trl": {"prompt": "prompt", "response": "completion", **_COMMON, "kto_tag": "label"},
+    "hh": {"chosen": "chosen", "rejected": "rejected"},
 }
-OPTIONAL = ("query", "system", "history")
-TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "system_tag": "system",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-}
+# Not read where `columns` names others and not them: they may be there for another purpose.
+_OPTIONAL = ("query", "system", "history", "tools")
+# Read only where `columns` names them: columns of these names often mean something else.
+_ON_DEMAND = ("margin", "weight")
+_MEDIA = ("images", "videos", "audios")
+
+
+class TextRow(dict[str, Any]):
+    """A row whose cells are all text, as those of a CSV file: numbers and truth values are spelt out."""
 
 
 @dataclass(frozen=True)
@@ -53,151 +69,358 @@ class RowFormat:
     """How the rows of one data set are read: which column holds what, and how roles are spelled.
 
     Where `dataset_info.json` names no columns at all, each has its usual name. Where it names some, the
-    others are still found by their usual name when a pair needs them, while optional ones are not read.
+    others are still found by their usual name when the row needs them, while optional ones are not read.
     """
 
-    formatting: Literal["alpaca", "sharegpt"] = "alpaca"
+    formatting: Formatting = "alpaca"
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> str | None:
         """The name in the file of what we call `name`; None when that is not to be read."""
-        if name in OPTIONAL and self.columns and name not in self.columns:
+        if name not in self.columns and (name in _ON_DEMAND or (name in _OPTIONAL and self.columns)):
             return None
-        return self.columns.get(name) or COLUMNS[self.formatting][name]
+        return self.columns.get(name) or COLUMNS[self.formatting].get(name)
 
     def required(self, name: str) -> str:
-        """The name in the file of a column that a pair cannot do without."""
+        """The name in the file of a column that the row cannot do without."""
         column = self.column(name)
         assert column is not None, name
         return column
 
-    def tag(self, name: str) -> str:
-        """How the file spells a role or the keys of a message."""
-        return self.tags.get(name) or TAGS[name]
+    @property
+    def all_tags(self) -> dict[str, str]:
+        """How the file spells each role and the keys of a message."""
+        usual = TAGS["sharegpt" if self.formatting == "sharegpt" else "openai"]
+        return {**usual, **self.tags}
 
 
-def make_example(row: object, layout: RowFormat, source: str) -> Example:
-    """The preference pair in one row; `source` is `file:row`.
+def make_example(row: object, layout: RowFormat, use: Use, source: str) -> Example:
+    """What `use` reads of one row; `source` is `file:row`.
 
-    Raises `RowError` when a column is missing or of the wrong type, `Degenerate` when a response is
-    empty or both are equal.
+    Raises `RowError` when a column is missing or of the wrong type, `Degenerate` when the row can teach
+    nothing: a response is empty, or responses are equal.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"a row is an object with named columns, not {_kind(row)}")
-    if row.get(layout.columns.get("tools", "")):
-        raise RowError(f"column {layout.columns['tools']!r}: tools cannot be read by this version")
-    prompt = _alpaca_prompt(row, layout) if layout.formatting == "alpaca" else _sharegpt_prompt(row, layout)
-    chosen, rejected = (_response(row, layout, label) for label in ("chosen", "rejected"))
-    if not chosen.strip() or not rejected.strip():
+        raise RowError(f"a row is an object with named columns, not {kind(row)}", "wrong type")
+    for name in _MEDIA:
+        column = layout.column(name)
+        if column and row.get(column):
+            raise RowError(f"column {column!r}: {name} cannot be read by this version", "images or sound")
+    readers = {"pairs": _read_ranked, "judged": _read_judged, "prompts": _read_prompt}
+    prompt, responses, pairs = readers[use](row, layout)
+    column = layout.column("tools")
+    tools = read_tools(row.get(column), f"column {column!r}") if column else ()
+    return Example(tuple(prompt), tuple(responses), source, tuple(pairs), tools)
+
+
+Parts = tuple[list[Message], list[Response], list[Pair]]
+
+
+def _read_prompt(row: Row, layout: RowFormat) -> Parts:
+    """The prompt alone: a response that the row may have is not read."""
+    if layout.formatting == "hh":
+        return _hh_turns(row, layout, "chosen")[:-1], [], []
+    messages = _PROMPTS[layout.formatting](row, layout)
+    if messages[-1].role == "assistant":
+        messages.pop()
+    if not messages or messages[-1].role not in ("user", "tool"):
+        raise RowError("the conversation has no user message to answer", "no prompt")
+    return messages, [], []
+
+
+def _read_judged(row: Row, layout: RowFormat) -> Parts:
+    """A prompt, one response, and whether it is desirable."""
+    column = layout.column("kto_tag")
+    if layout.formatting == "hh" or column is None:
+        raise RowError(f"formatting {layout.formatting} has pairs only; stage kto reads judged responses")
+    label: Label = "desirable" if _flag(row, column) else "undesirable"
+    messages = _PROMPTS[layout.formatting](row, layout)
+    response = layout.column("response")
+    if response is not None:
+        answer = _after(messages, _answer_turns(row, response, layout), response)
+    elif messages[-1].role == "assistant":
+        answer = messages.pop()
+    else:
+        raise RowError("the conversation ends without the assistant's judged response", "no response")
+    if _is_empty(answer):
+        raise Degenerate("empty response")
+    return messages, [Response(answer.content, label, answer.calls)], []
+
+
+def _read_ranked(row: Row, layout: RowFormat) -> Parts:
+    """A prompt with a better and a worse response, or with a list of ranked ones."""
+    if layout.formatting == "hh":
+        return _read_hh(row, layout)
+    if "responses" in layout.columns or ("responses" in row and "chosen" not in row):
+        return _read_list(row, layout)
+    columns = [layout.required(name) for name in ("chosen", "rejected")]
+    answers = [_answer_turns(row, column, layout) for column in columns]
+    implicit = layout.formatting == "trl" and row.get(layout.required("prompt")) is None
+    prompt = _shared_turns(answers) if implicit else _open_prompt(row, layout)
+    chosen, rejected = (_after(prompt, turns, column) for turns, column in zip(answers, columns, strict=True))
+    return prompt, *_make_pair(chosen, rejected, row, layout)
+
+
+def _read_hh(row: Row, layout: RowFormat) -> Parts:
+    """Two whole conversations that part at the last turn."""
+    chosen, rejected = (_hh_turns(row, layout, name) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise Degenerate("chosen and rejected part before the last turn")
+    return chosen[:-1], *_make_pair(chosen[-1], rejected[-1], row, layout)
+
+
+def _read_list(row: Row, layout: RowFormat) -> Parts:
+    """Any number of responses with ranks, 1 the best, or scores, the highest the best: each pair of
+    unequal rank, the better response first."""
+    column = layout.required("responses")
+    values = _list(row, column)
+    prompt = _open_prompt(row, layout)
+    turns = [
+        _after(prompt, _as_turns(value, f"column {column!r}, response {i}", layout), column)
+        for i, value in enumerate(values, 1)
+    ]
+    if any(map(_is_empty, turns)):
+        raise Degenerate("empty response")
+    scores = _scores(row, layout, len(turns))
+    weight = _number(row, layout.column("weight"), 1.0, minimum=0.0)
+    better = [
+        Pair(i, j, weight=weight)
+        for i, a in enumerate(turns)
+        for j, b in enumerate(turns)
+        if scores[i] > scores[j] and a != b
+    ]
+    if not better:
+        raise Degenerate("no two responses differ in rank")
+    return prompt, [Response(turn.content, "ranked", turn.calls) for turn in turns], better
+
+
+def _scores(row: Row, layout: RowFormat, number: int) -> list[float]:
+    """One number for each response, higher is better."""
+    ranks, scores = layout.required("ranks"), layout.required("scores")
+    by_rank = row.get(scores) is None
+    column = ranks if by_rank else scores
+    if row.get(column) is None:
+        raise RowError(f"a list of responses needs column {scores!r} or {ranks!r}", "missing column")
+    values = _list(row, column)
+    if len(values) != number:
+        raise RowError(f"column {column!r} has {len(values)} numbers for {number} responses", "wrong length")
+    numbers = [_as_number(value, f"column {column!r}, number {i}") for i, value in enumerate(values, 1)]
+    return [-value for value in numbers] if by_rank else numbers
+
+
+def _make_pair(
+    chosen: Message, rejected: Message, row: Row, layout: RowFormat
+) -> tuple[list[Response], list[Pair]]:
+    if _is_empty(chosen) or _is_empty(rejected):
         raise Degenerate("empty response")
     if chosen == rejected:
         raise Degenerate("chosen equals rejected")
-    return Example(prompt, (Response(chosen, "chosen"), Response(rejected, "rejected")), source)
+    margin = _number(row, layout.column("margin"), 0.0)
+    weight = _number(row, layout.column("weight"), 1.0, minimum=0.0)
+    responses = [
+        Response(chosen.content, "chosen", chosen.calls),
+        Response(rejected.content, "rejected", rejected.calls),
+    ]
+    return responses, [Pair(0, 1, margin, weight)]
 
 
-def _alpaca_prompt(row: Row, layout: RowFormat) -> tuple[Message, ...]:
+def _is_empty(message: Message) -> bool:
+    return not message.content.strip() and not message.calls
+
+
+def _answer_turns(row: Row, column: str, layout: RowFormat) -> list[Message]:
+    """A response, or the conversation that ends with it."""
+    if column not in row:
+        raise RowError(_missing(row, column), "missing column")
+    if row[column] is None:
+        raise Degenerate("empty response")
+    return _as_turns(row[column], f"column {column!r}", layout)
+
+
+def _as_turns(value: object, where: str, layout: RowFormat) -> list[Message]:
+    if isinstance(value, str):
+        return [Message("assistant", read_text(value, where))]
+    if layout.formatting == "alpaca":
+        raise RowError(f"{where} is a text, not {kind(value)}", "wrong type")
+    several = isinstance(value, list)
+    turns = value if isinstance(value, list) else [value]
+    return [
+        read_message(turn, layout.all_tags, f"{where}, message {i}" if several else where)
+        for i, turn in enumerate(turns, 1)
+    ]
+
+
+def _shared_turns(answers: list[list[Message]]) -> list[Message]:
+    """The turns with which both conversations start, their last turns left out."""
+    shortest = min(map(len, answers)) - 1
+    alike = takewhile(lambda turns: turns[0] == turns[1], zip(*answers, strict=False))
+    prompt = [turn for turn, _ in alike][:shortest]
+    if not prompt:
+        raise RowError("chosen and rejected share no prompt, and column 'prompt' is missing", "no prompt")
+    check_turns(prompt, "the prompt")
+    return prompt
+
+
+def _after(prompt: list[Message], turns: list[Message], column: str) -> Message:
+    """The response at the end of `turns`, which may repeat the prompt before it."""
+    rest = turns[len(prompt) :] if len(turns) > 1 and turns[: len(prompt)] == prompt else turns
+    if len(rest) != 1:
+        raise RowError(f"column {column!r} has {len(rest)} messages after the prompt instead of one response",
+                       "wrong order of turns")  # fmt: skip
+    if rest[0].role != "assistant":
+        raise RowError(
+            f"column {column!r} is a message by the assistant, not by the {rest[0].role}",
+            "wrong order of turns",
+        )
+    return rest[0]
+
+
+def _open_prompt(row: Row, layout: RowFormat) -> list[Message]:
+    """The prompt of responses that stand in columns of their own: it waits for the assistant."""
+    messages = _PROMPTS[layout.formatting](row, layout)
+    if messages[-1].role not in ("user", "tool"):
+        column = layout.column("messages") or layout.column("prompt")
+        raise RowError(
+            f"column {column!r} ends with a user message; the answers are chosen and rejected",
+            "wrong order of turns",
+        )
+    return messages
+
+
+def _alpaca_prompt(row: Row, layout: RowFormat) -> list[Message]:
     messages = _system(row, layout)
     history = layout.column("history")
-    for turn in _optional(row, history, list, []):
+    for turn in _list(row, history) if history and row.get(history) is not None else []:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise RowError(f"column {history!r}: each turn is a [question, answer] pair of texts")
-        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
-    instruction = _text(row, layout.required("prompt"))
-    query = _optional(row, layout.column("query"), str, "")
-    return (*messages, Message("user", "\n".join(part for part in (instruction, query) if part)))
-
-
-def _sharegpt_prompt(row: Row, layout: RowFormat) -> tuple[Message, ...]:
-    column = layout.required("messages")
-    turns = row.get(column)
-    if turns == []:
-        raise RowError(f"column {column!r} is empty")
-    if not isinstance(turns, list):
-        raise RowError(f"column {column!r} is a list of messages, not {_kind(turns)}")
-    parsed = [_message(turn, layout, f"column {column!r}, message {i}") for i, turn in enumerate(turns, 1)]
-    messages = _system(row, layout)
-    if parsed[0].role == "system":
-        messages = [parsed.pop(0)]
-    for i, message in enumerate(parsed):
-        expected = "user" if i % 2 == 0 else "assistant"
-        if message.role != expected:
             raise RowError(
-                f"column {column!r}: user and assistant take turns, but a {message.role} message "
-                f"stands where the {expected} speaks"
+                f"column {history!r}: each turn is a [question, answer] pair of texts", "wrong type"
             )
-    if len(parsed) % 2 == 0:
-        raise RowError(f"column {column!r} ends with a user message; the answers are chosen and rejected")
-    return (*messages, *parsed)
+        question, answer = (read_text(text, f"column {history!r}") for text in turn)
+        messages += [Message("user", question), Message("assistant", answer)]
+    instruction = _text(row, layout.required("prompt"))
+    query = _optional_text(row, layout.column("query"))
+    return [*messages, Message("user", "\n".join(part for part in (instruction, query) if part))]
 
 
-def _message(turn: object, layout: RowFormat, where: str) -> Message:
-    """One `{"from": ..., "value": ...}` object."""
-    role_key, content_key = layout.tag("role_tag"), layout.tag("content_tag")
-    if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-        raise RowError(f"{where} is an object with {role_key!r} and {content_key!r}, not {_kind(turn)}")
-    roles: dict[str, Role] = {
-        layout.tag("user_tag"): "user",
-        layout.tag("assistant_tag"): "assistant",
-        layout.tag("system_tag"): "system",
-    }
-    role, content = turn[role_key], turn[content_key]
-    if role in (layout.tag("observation_tag"), layout.tag("function_tag")):
-        raise RowError(f"{where}: tool calls ({role!r}) cannot be read by this version")
-    if role not in roles:
-        raise RowError(f"{where}: unknown role {role!r}; known: {', '.join(roles)}")
-    if not isinstance(content, str):
-        raise RowError(f"{where}: {content_key!r} is a text, not {_kind(content)}")
-    return Message(roles[role], content)
-
-
-def _response(row: Row, layout: RowFormat, label: Label) -> str:
-    """The text of a response: a plain text, or a message by the assistant."""
-    column = layout.required(label)
+def _conversation(row: Row, layout: RowFormat) -> list[Message]:
+    """A list of messages, and the system column where it has no system message."""
+    column = layout.required("messages")
+    if column not in row and "messages" not in layout.columns:
+        column = next((name for name in ("messages", "conversations") if name in row), column)
     if column not in row:
-        raise RowError(_missing(row, column))
-    value = row[column]
-    if value is None:
-        raise Degenerate("empty response")
-    if isinstance(value, str):
-        return value
-    if layout.formatting == "alpaca":
-        raise RowError(f"column {column!r} is a text, not {_kind(value)}")
-    message = _message(value, layout, f"column {column!r}")
-    if message.role != "assistant":
-        raise RowError(f"column {column!r} is a message by the assistant, not by the {message.role}")
-    return message.content
+        raise RowError(_missing(row, column), "missing column")
+    parsed = read_messages(row[column], layout.all_tags, f"column {column!r}")
+    return parsed if parsed[0].role == "system" else [*_system(row, layout), *parsed]
+
+
+def _trl_prompt(row: Row, layout: RowFormat) -> list[Message]:
+    """A text that the user says, or a list of messages."""
+    column = layout.required("prompt")
+    if not isinstance(row.get(column), list):
+        return [*_system(row, layout), Message("user", _text(row, column))]
+    parsed = read_messages(row[column], layout.all_tags, f"column {column!r}")
+    return parsed if parsed[0].role == "system" else [*_system(row, layout), *parsed]
+
+
+_PROMPTS: dict[str, Callable[[Row, RowFormat], list[Message]]] = {
+    "alpaca": _alpaca_prompt,
+    "sharegpt": _conversation,
+    "openai": _conversation,
+    "trl": _trl_prompt,
+}
+
+
+_HH_SPEAKERS: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+
+
+def _hh_turns(row: Row, layout: RowFormat, name: str) -> list[Message]:
+    """A conversation written as one text: each turn after a blank line, `Human: ` or `Assistant: `."""
+    column = layout.required(name)
+    text = _text(row, column)
+    start, *parts = _HH_TURN.split(text if text.startswith("\n") else f"\n\n{text}")
+    if start.strip() or not parts:
+        raise RowError(f"column {column!r} starts with 'Human: ', each turn after a blank line", "no turns")
+    messages = [
+        Message(_HH_SPEAKERS[speaker], content.strip())
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    check_turns(messages, f"column {column!r}")
+    if messages[-1].role != "assistant":
+        raise RowError(f"column {column!r} ends with the user, not with the assistant", "no response")
+    return messages
 
 
 def _system(row: Row, layout: RowFormat) -> list[Message]:
-    text = _optional(row, layout.column("system"), str, "")
+    text = _optional_text(row, layout.column("system"))
     return [Message("system", text)] if text else []
 
 
 def _text(row: Row, column: str) -> str:
     if column not in row:
-        raise RowError(_missing(row, column))
-    if not isinstance(row[column], str):
-        raise RowError(f"column {column!r} is a text, not {_kind(row[column])}")
-    return row[column]
+        raise RowError(_missing(row, column), "missing column")
+    return read_text(row[column], f"column {column!r}")
 
 
-def _optional(row: Row, column: str | None, kind: type, default: Any) -> Any:
+def _optional_text(row: Row, column: str | None) -> str:
     value = None if column is None else row.get(column)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        raise RowError(f"column {column!r} is a {'text' if kind is str else 'list'}, not {_kind(value)}")
+    return "" if value is None else read_text(value, f"column {column!r}")
+
+
+def _list(row: Row, column: str) -> list[Any]:
+    value = row.get(column)
+    if isinstance(row, TextRow) and isinstance(value, str):
+        value = _parse_cell(value, column)
+    if not isinstance(value, list):
+        raise RowError(f"column {column!r} is a list, not {kind(value)}", "wrong type")
     return value
+
+
+def _parse_cell(text: str, column: str) -> Any:
+    try:
+        return json.loads(text) if text else []
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"column {column!r} holds a list as JSON: {error}", "wrong type") from None
+
+
+def _flag(row: Row, column: str) -> bool:
+    if column not in row:
+        raise RowError(_missing(row, column), "missing column")
+    value = row[column]
+    if isinstance(row, TextRow) and str(value).lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if not isinstance(value, bool):
+        raise RowError(f"column {column!r} is true or false, not {kind(value)}", "wrong type")
+    return value
+
+
+def _number(row: Row, column: str | None, default: float, minimum: float = -math.inf) -> float:
+    if column is None:
+        return default
+    if column not in row:
+        raise RowError(_missing(row, column), "missing column")
+    value = row[column]
+    if isinstance(row, TextRow):
+        try:
+            value = float(value)
+        except ValueError:
+            raise RowError(f"column {column!r} is a number, not {value!r}", "wrong type") from None
+    number = _as_number(value, f"column {column!r}")
+    if number < minimum:
+        raise RowError(f"column {column!r} is at least {minimum:g}, not {number:g}", "out of range")
+    return number
+
+
+def _as_number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"{where} is a finite number, not {kind(value)}", "wrong type")
+    return float(value)
 
 
 def _missing(row: Row, column: str) -> str:
     hint = ""
     if column == "instruction" and ("conversations" in row or "messages" in row):
-        hint = "; for conversations dataset_info.json says `formatting: sharegpt`"
+        form = "sharegpt" if "conversations" in row else "openai"
+        hint = f"; for conversations dataset_info.json says `formatting: {form}`"
     return f"column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}{hint}"
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), f"the number {value!r}" if isinstance(value, int | float) else "that")

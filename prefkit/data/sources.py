@@ -1,86 +1,119 @@
-"""Find the files of a data set through `dataset_info.json` and read their rows as examples."""
+"""Where the rows of a data set are: an entry of `dataset_info.json`, a file or folder, or the Hub."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefkit.config.errors import UserError
-from prefkit.data.examples import Example
-from prefkit.data.formats import COLUMNS, TAGS, Degenerate, RowError, RowFormat, make_example
+from prefkit.data.formats import COLUMNS, RowFormat, Use
+from prefkit.data.messages import TAGS, RowError
+from prefkit.data.readers import DataError, digest, file_type, is_readable, read_rows
+from prefkit.data.recognise import recognise
 
-MAX_REPORTED = 20
-_ENTRY_KEYS = ("file_name", "ranking", "formatting", "columns", "tags")
+_ENTRY_KEYS = (
+    *("file_name", "hf_hub_url", "subset", "split", "folder"),
+    *("formatting", "ranking", "num_samples", "columns", "tags"),
+)
+_REFUSED = {
+    "ms_hub_url": "data sets come from files or the Hugging Face Hub: download it and write file_name",
+    "om_hub_url": "data sets come from files or the Hugging Face Hub: download it and write file_name",
+    "script_url": "no code that comes with data is run: write file_name or hf_hub_url",
+    "cloud_file_name": "it is not downloaded: download it and write file_name",
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+INFO_FILE = "dataset_info.json"
+_STAGES = {"pairs": "dpo and rm", "judged": "kto", "prompts": "ppo"}
 
 
-class DataError(UserError):
-    """Data that cannot be used; the message names files, rows and reasons."""
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the Hugging Face Hub."""
 
-
-@dataclass
-class Ledger:
-    """What became of the rows of one data set: each is used, not sampled, or rejected by a reason."""
-
-    name: str
-    file: str
-    sha256: str
-    num_rows: int = 0
-    not_sampled: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    used: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The ledger as JSON."""
-        return {
-            "name": self.name,
-            "file": self.file,
-            "sha256": self.sha256,
-            "rows": self.num_rows,
-            "not_sampled": self.not_sampled,
-            "rejected": dict(self.rejected),
-            "used": self.used,
-            "truncated": self.truncated,
-        }
+    url: str
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One entry of `dataset_info.json`: a file and how its rows are read."""
+    """One data set: where its rows are, and how they are read; without a `layout` that is recognised.
+
+    `num_samples` rows are drawn at random; all are read where it is None.
+    """
 
     name: str
-    file: Path
-    layout: RowFormat
+    files: tuple[Path, ...] = ()
+    hub: HubSet | None = None
+    layout: RowFormat | None = None
+    ranking: bool | None = None
+    num_samples: int | None = None
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Each row as (`file:row`, row); a row that cannot be read comes as a `RowError`."""
+        if self.hub is not None:
+            for number, row in enumerate(_load_hub(self.hub), 1):
+                yield f"{self.hub.url}:{number}", row
+        for file in self.files:
+            for number, row in read_rows(file):
+                yield f"{file}:{number}", row
+
+    def digest(self) -> str:
+        """A hash of the content of all files, or of the rows."""
+        if self.hub is None and len(self.files) == 1:
+            return digest(self.files[0])
+        whole = hashlib.sha256()
+        for file in self.files:
+            whole.update(bytes.fromhex(digest(file)))
+        if self.hub is not None:
+            for _, row in self.rows():
+                whole.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        return whole.hexdigest()
+
+    def recognised(self) -> DatasetEntry:
+        """The same with the layout of its rows. Raises `DataError` when it has none that is known."""
+        if self.layout is not None:
+            return self
+        first = next((row for _, row in self.rows() if not isinstance(row, RowError)), None)
+        if first is None:
+            raise DataError(f"data set {self.name!r} has no row that can be read")
+        return replace(self, layout=recognise(first, self.name))
 
 
-def load_entries(dataset_dir: Path, names: Sequence[str]) -> list[DatasetEntry]:
-    """The entries of `dataset_dir/dataset_info.json` that are asked for.
+def find_datasets(
+    dataset_dir: str, names: Sequence[str], use: Use, cache_dir: str | None
+) -> list[DatasetEntry]:
+    """The data sets that are asked for, by their name in `dataset_dir/dataset_info.json` or by their path.
 
-    Raises `DataError` for a missing or broken `dataset_info.json`, a name that it does not list, an
-    entry without rankings, a key that it does not know, or a file that is not there.
+    Raises `DataError` for a missing or broken `dataset_info.json`, a name that is neither listed there nor
+    a file, an entry of another stage, a key that is not known, or a file that is not there: all at once.
     """
-    info_file = dataset_dir / "dataset_info.json"
-    if not info_file.is_file():
-        raise DataError(f"{info_file} is missing: it lists the data sets. Set dataset_dir to its folder.")
-    try:
-        info = json.loads(info_file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{info_file} is not valid JSON: {error}") from None
-    if not isinstance(info, dict):
-        raise DataError(f"{info_file} must hold an object: data set name -> how to read it")
+    if dataset_dir == "ONLINE":
+        return [_checked_hub(name, {"hf_hub_url": name}) for name in names]
+    folder = Path(dataset_dir)
+    info_file = folder / INFO_FILE
+    if dataset_dir.startswith("REMOTE:"):
+        info_file = _download_info(dataset_dir.removeprefix("REMOTE:"), cache_dir)
+    elif not info_file.is_file():
+        if not all(_find_path(name, folder) for name in names):
+            raise DataError(f"{info_file} is missing: it lists the data sets. Set dataset_dir to its folder.")
+        return [_direct_entry(name, folder) for name in names]
+    info = _read_info(info_file)
     entries, problems = [], []
     for name in names:
-        if name not in info:
-            problems.append(f"{info_file} has no data set {name!r}{_hint(name, info)}")
-            continue
         try:
-            entries.append(_make_entry(dataset_dir, name, info[name]))
+            if name in info:
+                entries.append(_make_entry(folder, name, info[name], use))
+            elif _find_path(name, folder):
+                entries.append(_direct_entry(name, folder))
+            else:
+                problems.append(f"{info_file} has no data set {name!r}{_hint(name, info)}")
         except DataError as error:
             problems.append(f"{info_file}, {name!r}: {error}")
     if problems:
@@ -88,112 +121,161 @@ def load_entries(dataset_dir: Path, names: Sequence[str]) -> list[DatasetEntry]:
     return entries
 
 
-def _make_entry(dataset_dir: Path, name: str, entry: Any) -> DatasetEntry:
+def _read_info(info_file: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(info_file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{info_file} is not valid JSON: {error}") from None
+    if not isinstance(info, dict):
+        raise DataError(f"{info_file} must hold an object: data set name -> how to read it")
+    return info
+
+
+def _find_path(name: str, folder: Path) -> Path | None:
+    """The file or folder that a name which is listed nowhere means, here or in `dataset_dir`."""
+    if "\0" in name:
+        return None
+    for path in (Path(name).expanduser(), folder / name):
+        if path.is_file() or path.is_dir():
+            return path
+    return None
+
+
+def _direct_entry(name: str, folder: Path) -> DatasetEntry:
+    path = _find_path(name, folder)
+    assert path is not None
+    return DatasetEntry(name, _list_files(path))
+
+
+def _list_files(path: Path) -> tuple[Path, ...]:
+    """A file, or those of a folder, which are of one type. Raises `DataError` for anything else."""
+    if path.is_file():
+        if not is_readable(path):
+            raise DataError(
+                f"file {path} is none of json, jsonl, csv, parquet, arrow and txt, or one with .gz"
+            )
+        return (path,)
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in files if file.name != INFO_FILE and file.suffix.lower() != ".md"]
+    types = sorted({file_type(file) for file in files})
+    if len(types) > 1:
+        raise DataError(f"folder {path} has files of several types ({', '.join(types)}): keep one type in it")
+    if not files or not is_readable(files[0]):
+        raise DataError(f"folder {path} has no files of type json, jsonl, csv, parquet, arrow or txt")
+    return tuple(files)
+
+
+def _make_entry(folder: Path, name: str, entry: Any, use: Use) -> DatasetEntry:
     if not isinstance(entry, dict):
         raise DataError("an entry is an object")
     for key in entry:
+        if key in _REFUSED:
+            raise DataError(f"`{key}`: {_REFUSED[key]}")
         if key not in _ENTRY_KEYS:
             raise DataError(f"unknown or unsupported key {key!r}{_hint(key, _ENTRY_KEYS)}")
-    if not isinstance(entry.get("file_name"), str):
-        raise DataError("`file_name` is missing: the .json or .jsonl file, relative to dataset_dir")
-    if entry.get("ranking") is not True:
-        raise DataError("not a preference set: stage dpo needs `ranking: true` with chosen and rejected")
+    layout = _make_layout(entry)
+    ranking = entry.get("ranking", False)
+    if not isinstance(ranking, bool):
+        raise DataError(f"`ranking` is true or false, not {ranking!r}")
+    if use == "pairs" and not ranking:
+        raise DataError(
+            "not a preference set: stages dpo and rm need `ranking: true` with chosen and rejected"
+        )
+    if use == "judged" and ranking:
+        raise DataError("a preference set (`ranking: true`): stage kto reads single responses with a kto_tag")
+    number = entry.get("num_samples")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise DataError(f"`num_samples` is a whole number above 0, not {number!r}")
+    if entry.get("hf_hub_url"):
+        found = _checked_hub(name, entry)
+    else:
+        found = DatasetEntry(name, _entry_files(folder, entry))
+    return replace(found, layout=layout, ranking=ranking, num_samples=number)
+
+
+def _make_layout(entry: Mapping[str, Any]) -> RowFormat:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in COLUMNS:
-        raise DataError(f"`formatting` is one of {', '.join(COLUMNS)}, not {formatting!r}")
-    columns = _named(entry, "columns", {**COLUMNS[formatting], "tools": "tools"})
-    tags = _named(entry, "tags", TAGS)
-    file = dataset_dir / entry["file_name"]
-    if not file.resolve().is_relative_to(dataset_dir.resolve()):
-        raise DataError(f"`file_name` {entry['file_name']!r} leads out of {dataset_dir}")
-    if not file.is_file():
-        raise DataError(f"file {file} does not exist")
-    if file.suffix not in (".json", ".jsonl"):
-        raise DataError(f"file {file} is neither .json nor .jsonl")
-    return DatasetEntry(name, file, RowFormat(formatting, columns, tags))
+        raise DataError(f"`formatting` is one of {', '.join(COLUMNS)}, not {formatting!r}{_hint(formatting)}")
+    columns = _named(entry, "columns", COLUMNS[formatting])
+    tags = _named(entry, "tags", TAGS["sharegpt"])
+    return RowFormat(formatting, columns, tags)
 
 
-def _named(entry: dict[str, Any], key: str, known: dict[str, str]) -> dict[str, str]:
+def _entry_files(folder: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:
+    if not isinstance(entry.get("file_name"), str):
+        raise DataError("`file_name` is missing: a file or folder, relative to dataset_dir")
+    name = entry["file_name"]
+    if "\0" in name:
+        raise DataError("`file_name` is no name of a file")
+    path = folder / name
+    files = _list_files(path) if path.is_dir() else (path,)
+    for file in (path, *files):
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"`file_name` {name!r} leads out of {folder}: {file}")
+    if not path.exists():
+        raise DataError(f"file {path} does not exist{_hint(Path(name).name, _names_in(path.parent))}")
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is no ordinary file")
+    return _list_files(path)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _named(entry: Mapping[str, Any], key: str, known: Mapping[str, str]) -> dict[str, str]:
     """The `columns` or `tags` object of an entry, its keys checked."""
     given = entry.get(key, {})
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise DataError(f"`{key}` is an object that maps names to texts")
     for name in given:
         if name not in known:
-            raise DataError(f"`{key}` has no {name!r}{_hint(name, known)}")
+            by_usual_name = next((ours for ours, usual in known.items() if usual == name), None)
+            hint = f"; write {by_usual_name!r} for it" if by_usual_name else _hint(name, known)
+            raise DataError(f"`{key}` has no {name!r}{hint}")
     return given
 
 
-def _hint(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _hint(name: object, known: Sequence[str] | Mapping[str, Any] = tuple(COLUMNS)) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{meant} (it has: {', '.join(known)})"
+    listed = list(known)
+    shown = ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
+    return f"{meant} (it has: {shown or 'nothing'})"
 
 
-def load_examples(entry: DatasetEntry, max_samples: int | None = None) -> tuple[list[Example], Ledger]:
-    """The pairs of one data set and the ledger of its rows; rows beyond `max_samples` are not sampled.
-
-    Raises `DataError` with up to 20 `file:row: reason` lines when rows are malformed.
-    """
-    data = entry.file.read_bytes()
-    ledger = Ledger(entry.name, str(entry.file), hashlib.sha256(data).hexdigest())
-    examples, problems = [], []
-    for number, row in _rows(entry.file, data):
-        ledger.num_rows += 1
-        if max_samples is not None and ledger.num_rows > max_samples:
-            ledger.not_sampled += 1
-            continue
-        source = f"{entry.file}:{number}"
-        try:
-            if isinstance(row, RowError):
-                raise row
-            examples.append(make_example(row, entry.layout, source))
-        except Degenerate as reason:
-            ledger.rejected[str(reason)] += 1
-        except RowError as error:
-            problems.append(f"{source}: {error}")
-    if problems:
-        raise DataError(_report(entry.name, problems))
-    if not ledger.num_rows:
-        raise DataError(f"data set {entry.name!r}: {entry.file} has no rows")
-    return examples, ledger
+def _checked_hub(name: str, entry: Mapping[str, Any]) -> DatasetEntry:
+    texts = {key: entry.get(key) for key in ("hf_hub_url", "subset", "split", "folder")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"`{key}` is a text, not {value!r}")
+    url = texts["hf_hub_url"] or ""
+    if not _HUB_ID.fullmatch(url):
+        raise DataError(f"`hf_hub_url` is an id such as owner/name, not {url!r}")
+    return DatasetEntry(name, hub=HubSet(url, texts["subset"], texts["split"] or "train", texts["folder"]))
 
 
-def _report(name: str, problems: list[str]) -> str:
-    more = len(problems) - MAX_REPORTED
-    lines = [f"data set {name!r} has {len(problems)} malformed rows:", *problems[:MAX_REPORTED]]
-    if more > 0:
-        lines.append(f"... and {more} more")
-    return "\n".join(lines)
+def _load_hub(hub: HubSet) -> Any:
+    """The rows of a data set on the Hub, through the library `datasets`; no code of the data set is run."""
+    import datasets
+    from datasets.exceptions import DatasetsError
 
-
-def _rows(file: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbered rows, from 1: items of a JSON list, or lines of a JSONL file.
-
-    A line that is no JSON comes as the `RowError` that says so. Raises `DataError` when the file as a
-    whole cannot be read.
-    """
+    datasets.disable_progress_bars()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: not UTF-8 text (byte {data[error.start]:#04x})") from None
-    if file.suffix == ".jsonl":
-        for number, line_text in enumerate(text.split("\n"), 1):
-            if line_text.strip():
-                yield number, _json_line(line_text)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file} must hold a JSON list of rows; for one object a line, name it .jsonl")
-    yield from enumerate(rows, 1)
+        return datasets.load_dataset(hub.url, hub.subset, data_dir=hub.folder, split=hub.split)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"hf_hub_url {hub.url!r} cannot be read: {error}") from error
 
 
-def _json_line(line: str) -> Any:
+def _download_info(repository: str, cache_dir: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return RowError(f"not valid JSON: {error}")
+        file = huggingface_hub.hf_hub_download(
+            repository, INFO_FILE, repo_type="dataset", cache_dir=cache_dir
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise DataError(f"dataset_dir: {INFO_FILE} of {repository} cannot be read: {error}") from error
+    return Path(file)

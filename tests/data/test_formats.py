@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefkit.data.examples import Example, Message, Response
+from prefkit.data.examples import Example, Message, Pair, Response
 from prefkit.data.formats import Degenerate, RowError, RowFormat, make_example
 
 ALPACA = RowFormat("alpaca")
@@ -13,13 +13,13 @@ PAIR = {"chosen": "good", "rejected": "bad"}
 
 
 def prompt_of(row: dict, layout: RowFormat) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in make_example(row, layout, "f:1").prompt]
+    return [(message.role, message.content) for message in make_example(row, layout, "pairs", "f:1").prompt]
 
 
 def test_alpaca() -> None:
     row = {"instruction": "Q", "input": "", **PAIR}
-    assert make_example(row, ALPACA, "f:7") == Example(
-        (Message("user", "Q"),), (Response("good", "chosen"), Response("bad", "rejected")), "f:7"
+    assert make_example(row, ALPACA, "pairs", "f:7") == Example(
+        (Message("user", "Q"),), (Response("good", "chosen"), Response("bad", "rejected")), "f:7", (Pair(0, 1),)
     )
 
 
@@ -47,7 +47,7 @@ def test_sharegpt() -> None:
         "chosen": {"from": "gpt", "value": "good"},
         "rejected": {"from": "gpt", "value": "bad"},
     }
-    example = make_example(row, SHAREGPT, "f:1")
+    example = make_example(row, SHAREGPT, "pairs", "f:1")
     assert example.prompt == (Message("system", "S"), Message("user", "Q"))
     assert [(r.label, r.content) for r in example.responses] == [("chosen", "good"), ("rejected", "bad")]
 
@@ -81,12 +81,12 @@ def sharegpt(*turns: tuple[str, object], **columns: object) -> dict:
             "column 'chosen' is a text, not an object",
         ),
         ({"instruction": "Q", **PAIR, "history": [["a"]]}, ALPACA, "column 'history': each turn"),
-        ({**PAIR}, SHAREGPT, "column 'conversations' is a list of messages, not null"),
+        ({**PAIR}, SHAREGPT, "column 'conversations' is missing; the row has 'chosen'"),
         (sharegpt(), SHAREGPT, "column 'conversations' is empty"),
         (sharegpt(("human", "Q")), ALPACA, "'instruction' is missing.*formatting: sharegpt"),
         (sharegpt(("human", 1)), SHAREGPT, "message 1: 'value' is a text, not the number 1"),
         (sharegpt(("bot", "x")), SHAREGPT, "message 1: unknown role 'bot'; known: human, gpt, system"),
-        (sharegpt(("observation", "x")), SHAREGPT, "tool calls"),
+        (sharegpt(("observation", "x")), SHAREGPT, "take turns"),
         (sharegpt(("human", "a"), ("human", "b")), SHAREGPT, "take turns"),
         (sharegpt(("human", "a"), ("gpt", "b")), SHAREGPT, "ends with a user message"),
         (sharegpt(("human", "a"), chosen=5), SHAREGPT, "column 'chosen' is an object with 'from'"),
@@ -95,7 +95,7 @@ def sharegpt(*turns: tuple[str, object], **columns: object) -> dict:
 )
 def test_malformed(row: object, layout: RowFormat, message: str) -> None:
     with pytest.raises(RowError, match=message):
-        make_example(row, layout, "f:1")
+        make_example(row, layout, "pairs", "f:1")
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_malformed(row: object, layout: RowFormat, message: str) -> None:
 )
 def test_degenerate(changes: dict, reason: str) -> None:
     with pytest.raises(Degenerate, match=reason):
-        make_example({"instruction": "Q", **PAIR, **changes}, ALPACA, "f:1")
+        make_example({"instruction": "Q", **PAIR, **changes}, ALPACA, "pairs", "f:1")
 
 
 def test_tools_are_not_dropped_silently() -> None:
     layout = RowFormat("alpaca", {"prompt": "instruction", "tools": "tools"})
     with pytest.raises(RowError, match="tools"):
-        make_example({"instruction": "Q", "tools": "[...]", **PAIR}, layout, "f:1")
+        make_example({"instruction": "Q", "tools": "[...]", **PAIR}, layout, "pairs", "f:1")

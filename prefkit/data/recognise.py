@@ -1,0 +1,52 @@
+"""The format of rows that no `dataset_info.json` describes, told from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefkit.data.formats import RowFormat
+from prefkit.data.messages import TAGS
+from prefkit.data.readers import DataError
+
+
+def recognise(row: object, file: object) -> RowFormat:
+    """How a row like this one is read.
+
+    Raises `DataError` when it looks like none of the known formats.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{file}: its first row is no object with named columns")
+    for column in ("conversations", "messages"):
+        if isinstance(row.get(column), list):
+            return _of_messages(row[column], column)
+    if "instruction" in row:
+        return RowFormat("alpaca")
+    texts = [row.get(name) for name in ("chosen", "rejected")]
+    if "prompt" not in row and all(isinstance(text, str) and "\n\nAssistant:" in text for text in texts):
+        return RowFormat("hh")
+    if "prompt" in row or all(isinstance(text, list) for text in texts):
+        tags = _other_tags([row.get("prompt"), *texts])
+        tag = "kto_tag" if "kto_tag" in row and "label" not in row else "label"
+        return RowFormat("trl", {"kto_tag": tag} if tag == "kto_tag" else {}, tags)
+    if list(row) == ["text"]:
+        return RowFormat("alpaca", {"prompt": "text"})
+    raise DataError(
+        f"{file}: the columns {', '.join(map(repr, row))} are those of no format that is known; describe "
+        "them in dataset_info.json, with `formatting` and `columns`"
+    )
+
+
+def _of_messages(messages: Any, column: str) -> RowFormat:
+    first = messages[0] if messages else None
+    if isinstance(first, Mapping) and "from" in first:
+        return RowFormat("sharegpt", {"messages": column} if column != "conversations" else {})
+    return RowFormat("openai", {"messages": column} if column != "messages" else {})
+
+
+def _other_tags(columns: list[Any]) -> dict[str, str]:
+    """The tags of sharegpt, where messages in TRL's columns are written so."""
+    for value in columns:
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and "from" in value[0]:
+            return TAGS["sharegpt"]
+    return {}

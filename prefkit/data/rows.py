@@ -1,0 +1,285 @@
+"""The rows of one data set, read, checked and encoded, each with what became of it in the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefkit.config.schema import DataConfig
+from prefkit.data.encode import TokenizedExample, encode_example
+from prefkit.data.examples import Example
+from prefkit.data.formats import Use, make_example
+from prefkit.data.ledger import MAX_REPORTED, Ledger
+from prefkit.data.messages import Degenerate, RowError
+from prefkit.data.mixing import sample_rows
+from prefkit.data.readers import DataError
+from prefkit.data.sources import DatasetEntry
+from prefkit.data.store import EncodedRows, RowWriter, folder_name, load_folder
+from prefkit.data.template import ChatTemplate
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]  # (items, title) -> the items, shown as they go by
+Say = Callable[[str], None]
+_CHUNK = 64  # rows that go to another process together
+
+
+class Rejected(NamedTuple):
+    """A row that can teach nothing, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the rows of a run become tokens. It can be sent to another process."""
+
+    template: ChatTemplate
+    config: DataConfig
+    use: Use
+
+    def encode(self, example: Example) -> TokenizedExample | Rejected:
+        """The tokens of an example, or why it has none."""
+        try:
+            return encode_example(example, self.template, self.config.cutoff_len, self.config.truncation)  # type: ignore[arg-type]
+        except Degenerate as reason:
+            return Rejected(example.source, str(reason))
+
+    def encode_all(self, examples: Iterable[Example]) -> Iterator[TokenizedExample | Rejected]:
+        """Each example in order, by as many processes as `preprocessing_num_workers` says."""
+        num_workers = self.config.preprocessing_num_workers or 1
+        if num_workers == 1:
+            yield from map(self.encode, examples)
+            return
+        context = multiprocessing.get_context("spawn")
+        items = iter(examples)
+        with ProcessPoolExecutor(num_workers, context, _set_encoder, (self,)) as pool:
+            waiting: deque[Future[list[TokenizedExample | Rejected]]] = deque()
+            while chunk := list(islice(items, _CHUNK)):
+                waiting.append(pool.submit(_encode_chunk, chunk))
+                if len(waiting) > 2 * num_workers:  # so that no more rows than these are in memory
+                    yield from waiting.popleft().result()
+            for future in waiting:
+                yield from future.result()
+
+    def facts(self, entry: DatasetEntry, seed: int) -> dict[str, Any]:
+        """All that the encoded rows of a data set depend on."""
+        assert entry.layout is not None
+        config, tokenizer = self.config, self.template.tokenizer
+        names = ("cutoff_len", "truncation", "max_samples", "on_bad_row", "duplicate_prompts")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        return {
+            **{name: getattr(config, name) for name in names},
+            "files": [str(file) for file in entry.files] or asdict(entry)["hub"],
+            "content": entry.digest(),
+            "format": asdict(entry.layout),
+            "read for": self.use,
+            "num_samples": entry.num_samples,
+            "seed": seed if entry.num_samples else None,
+            "chat template": _hash(str(tokenizer.chat_template)),
+            "enable_thinking": self.template.enable_thinking,
+            "tokenizer": _hash(words + repr(sorted(tokenizer.special_tokens_map.items()))),
+            "prefkit's own encoding": _code_hash(),
+        }
+
+
+_encoder: Encoder | None = None  # of a process that encodes for another
+
+
+def _set_encoder(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode_chunk(examples: list[Example]) -> list[TokenizedExample | Rejected]:
+    assert _encoder is not None
+    return [_encoder.encode(example) for example in examples]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:24]
+
+
+@cache
+def _code_hash() -> str:
+    """A hash of the code that rows go through, so that rows of another version are never taken for ours."""
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".jinja", ".json"))
+    return _hash("".join(path.read_text(encoding="utf-8") for path in files))
+
+
+class RowReader:
+    """One pass over the rows of a data set as examples; what happens to each goes to the ledger.
+
+    `on_bad_row` decides whether a bad row stops the pass: then no more examples come, the rest is only
+    looked through, and `finish` raises.
+    """
+
+    def __init__(self, entry: DatasetEntry, encoder: Encoder, ledger: Ledger, seed: int) -> None:
+        self.entry = entry
+        self.encoder = encoder
+        self.ledger = ledger
+        self.times: dict[str, int] = {}  # of rows that num_samples has drawn more than once
+        self.problems: list[str] = []
+        self.num_problems = 0
+        self._prompts: set[bytes] = set()
+        self._drawn = None
+        if entry.num_samples:
+            self._drawn = sample_rows(sum(1 for _ in entry.rows()), entry.num_samples, seed)
+
+    def examples(self, track: Track) -> Iterator[Example]:
+        """The examples that are to be encoded."""
+        assert self.entry.layout is not None
+        num_read = 0
+        for number, (source, row) in enumerate(track(self.entry.rows(), f"encode {self.entry.name}")):
+            self.ledger.num_rows += 1
+            times = self._drawn[number] if self._drawn is not None else 1
+            limit = self.encoder.config.max_samples
+            if not times or (limit is not None and num_read >= limit):
+                self.ledger.not_sampled["max_samples" if times else "num_samples"] += 1
+                continue
+            num_read += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                example = make_example(row, self.entry.layout, self.encoder.use, source)
+            except Degenerate as reason:
+                self.reject(source, str(reason))
+                continue
+            except RowError as error:
+                self._reject_malformed(source, error)
+                continue
+            if not self.num_problems:
+                if times > 1:
+                    self.times[source] = times
+                yield example
+
+    def encoded(self, track: Track) -> Iterator[TokenizedExample]:
+        """The rows that can be used. Raises `DataError` where a row stops the run."""
+        for result in self.encoder.encode_all(self.examples(track)):
+            if isinstance(result, Rejected):
+                self.reject(result.source, result.reason)
+            elif self._is_repeated(result):
+                self.ledger.reject(result.source, "duplicated prompt")
+            else:
+                yield result
+        self.finish()
+
+    def reject(self, source: str, reason: str) -> None:
+        """A row that can teach nothing: counted, or a reason to stop."""
+        if self.encoder.config.on_bad_row == "stop":
+            self._add_problem(source, reason)
+        self.ledger.reject(source, reason)
+
+    def _reject_malformed(self, source: str, error: RowError) -> None:
+        if self.encoder.config.on_bad_row != "skip":
+            self._add_problem(source, str(error))
+        self.ledger.reject(source, error.reason, str(error))
+
+    def _add_problem(self, source: str, text: str) -> None:
+        self.num_problems += 1
+        if len(self.problems) < MAX_REPORTED:
+            self.problems.append(f"{source}: {text}")
+
+    def _is_repeated(self, example: TokenizedExample) -> bool:
+        if self.encoder.config.duplicate_prompts == "keep":
+            return False
+        prompt = hashlib.blake2b(repr(example.prompt_ids).encode(), digest_size=12).digest()
+        is_known = prompt in self._prompts
+        self._prompts.add(prompt)
+        return is_known
+
+    def finish(self) -> None:
+        """Raises `DataError` with up to 20 `file:row: reason` lines where rows stop the run."""
+        name = self.entry.name
+        if self.problems:
+            more = self.num_problems - len(self.problems)
+            word = "row" if self.num_problems == 1 else "rows"
+            lines = [f"data set {name!r} has {self.num_problems} malformed {word}:", *self.problems]
+            lines += [f"... and {more} more"] if more else []
+            raise DataError("\n".join([*lines, "on_bad_row: skip leaves such rows out and counts them."]))
+        if not self.ledger.num_rows:
+            raise DataError(f"data set {name!r}: {_place(self.entry)} has no rows")
+
+
+def _place(entry: DatasetEntry) -> str:
+    return entry.hub.url if entry.hub else ", ".join(str(file) for file in entry.files)
+
+
+def load_rows(
+    entry: DatasetEntry,
+    encoder: Encoder,
+    seed: int,
+    root: Path,
+    say: Say,
+    track: Track,
+    *,
+    must_fit: bool,
+    overwrite: bool,
+) -> tuple[EncodedRows, Ledger]:
+    """The encoded rows of a data set, from `root` where they were kept, else encoded now and kept there.
+
+    `must_fit` says that `root` is the user's own: rows there that were encoded otherwise are an error
+    rather than left alone. Raises `DataError` for rows that cannot be used.
+    """
+    recognised = entry.recognised()
+    if entry.layout is None:
+        say(f"Data set {entry.name}: read as {describe_layout(recognised)}.")
+    facts = encoder.facts(recognised, seed)
+    folder = root / folder_name(entry.name, facts)
+    if must_fit and not overwrite:
+        _check_root(root, folder, entry.name, facts)
+    found = None if overwrite else load_folder(folder)
+    if found is not None:
+        say(f"Data set {entry.name}: encoded rows read from {folder}.")
+        return found
+    ledger = Ledger(entry.name, tuple(map(str, recognised.files)), facts["content"])
+    reader = RowReader(recognised, encoder, ledger, seed)
+    with RowWriter(folder) as writer:
+        for example in reader.encoded(track):
+            writer.append(example, reader.times.get(example.source, 1))
+        writer.finish(ledger, facts)
+    found = load_folder(folder)
+    assert found is not None
+    return found
+
+
+def describe_layout(entry: DatasetEntry) -> str:
+    """The format of a data set in words."""
+    assert entry.layout is not None
+    named = ", ".join(f"{ours} in column {theirs!r}" for ours, theirs in entry.layout.columns.items())
+    return f"{entry.layout.formatting} rows" + (f" ({named})" if named else "")
+
+
+def _check_root(root: Path, folder: Path, name: str, facts: dict[str, Any]) -> None:
+    """Raises `DataError` when `tokenized_path` has the rows of a data set, and not as they are wanted."""
+    if any((root / file).exists() for file in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        raise DataError(
+            f"tokenized_path: {root} holds rows encoded by another tool, whose meaning cannot be checked: "
+            "name a new folder"
+        )
+    stem = folder.name.rpartition("-")[0]
+    others = [path for path in root.glob(f"{stem}-*") if path.name.rpartition("-")[0] == stem]
+    if folder in others or not others:
+        return
+    before = json.loads((others[0] / "facts.json").read_text(encoding="utf-8"))
+    changed = [key for key in facts if facts[key] != before.get(key)]
+    shown = [
+        f"{key}: {before.get(key)} -> {facts[key]}"
+        if not isinstance(facts[key], dict | list) and len(str(facts[key])) < 24
+        else key
+        for key in changed
+    ]
+    raise DataError(
+        f"tokenized_path: {root} has rows of {name!r} that were encoded otherwise ({'; '.join(shown)}). "
+        "overwrite_cache: true encodes them again; or name a new folder."
+    )
