@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,14 +46,14 @@ def encode_example(example: Example, template: ChatTemplate, cutoff_len: int) ->
 
     Raises `Degenerate` when both responses come out equal, or when no prompt fits.
     """
-    texts = [response.content for response in example.responses]
-    prompt_ids, response_ids = template.encode(example.prompt, texts)
+    answers = [response.message for response in example.responses]
+    prompt_ids, response_ids = template.encode(example.prompt, answers, example.tools)
     longest = max(cutoff_len - len(prompt_ids), cutoff_len * 3 // 4)
     cut = [ids[:longest] for ids in response_ids]
     room = cutoff_len - max(map(len, cut))
     truncated = cut != response_ids or len(prompt_ids) > room
     if len(prompt_ids) > room:
-        prompt_ids = _shorten_prompt(example.prompt, template, texts, room)
+        prompt_ids = _shorten_prompt(example, template, room)
     if cut[0] == cut[1]:
         equal_before = response_ids[0] == response_ids[1]
         raise Degenerate(f"chosen equals rejected after {'templating' if equal_before else 'truncation'}")
@@ -63,28 +62,27 @@ def encode_example(example: Example, template: ChatTemplate, cutoff_len: int) ->
     return TokenizedExample(prompt_ids, cut, [pair], example.source, truncated)
 
 
-def _shorten_prompt(
-    prompt: Sequence[Message], template: ChatTemplate, responses: Sequence[str], room: int
-) -> list[int]:
+def _shorten_prompt(example: Example, template: ChatTemplate, room: int) -> list[int]:
     """Token ids of the prompt without as many early turns, and then tokens of its last, as do not fit.
 
     The responses are encoded along, since a template may open the answer by what follows.
     """
-    system = [message for message in prompt[:1] if message.role == "system"]
-    turns = list(prompt[len(system) :])
+    system = [message for message in example.prompt[:1] if message.role == "system"]
+    turns = list(example.prompt[len(system) :])
+    answers = [response.message for response in example.responses]
     while len(turns) > 1:
         turns = turns[2:]  # a question and its answer
-        ids = template.encode([*system, *turns], responses)[0]
+        ids = template.encode([*system, *turns], answers, example.tools)[0]
         if len(ids) <= room:
             return ids
     last = turns[0]
-    ids = template.encode([*system, last], responses)[0]
+    ids = template.encode([*system, last], answers, example.tools)[0]
     while len(ids) > room:
         shorter = _drop_head(last.content, len(ids) - room, template)
         if not shorter:
             raise Degenerate("no room for the prompt beside the system turn")
         last = Message("user", shorter)
-        ids = template.encode([*system, last], responses)[0]
+        ids = template.encode([*system, last], answers, example.tools)[0]
     return ids
 
 
