@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,14 +122,14 @@ class ChatTemplate:
         return "".join(line for line in lines if line not in self._source)
 
     def encode(
-        self, prompt: Sequence[Message], responses: Sequence[str]
+        self, prompt: Sequence[Message], responses: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, up to where the assistant speaks, and of each response.
 
         Raises `Degenerate` when the text contains Unicode noncharacters that mark borders here.
         """
         messages = [self._guarded(message) for message in self._with_system(prompt)]
-        answers = [self._guarded(Message("assistant", response)) for response in responses]
+        answers = [self._guarded(response) for response in responses]
         thinks = self.enable_thinking
         if thinks is None:
             thinks = any("<think>" in answer["content"] for answer in answers)

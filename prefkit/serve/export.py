@@ -89,7 +89,7 @@ def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[in
             return probe.rows
     rows = []
     for question, answer in _QUESTIONS:
-        prompt, responses = template.encode([Message("user", question)], [answer])
+        prompt, responses = template.encode([Message("user", question)], [Message("assistant", answer)])
         rows.append((prompt, responses[0]))
     return rows
 
