@@ -33,6 +33,7 @@ from prefkit.config import load_config
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import Pairs
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.model.adapter import add_lora, base_of
 from prefkit.model.load import load_causal_lm, load_tokenizer
 from prefkit.model.reference import FrozenModel
@@ -155,7 +156,7 @@ def make_pair(tokens: int, vocabulary: int, number: int) -> TokenizedExample:
     prompt, chosen, rejected = tokens // 2, tokens // 2, tokens * 3 // 8
     ids = randint(vocabulary, (prompt + chosen + rejected,)).tolist()
     responses = [ids[prompt : prompt + chosen], ids[prompt + chosen :]]
-    return TokenizedExample(ids[:prompt], responses, [(0, 1)], f"random:{number}")
+    return TokenizedExample(ids[:prompt], responses, (Pair(0, 1),), f"random:{number}")
 
 
 def make_config(point: Point, scratch: Path) -> RunConfig:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefkit.config import load_config
-from prefkit.data.dataset import load_pairs
+from prefkit.data.dataset import iterate, load_data
 from prefkit.data.packing import pack
 from prefkit.data.template import ChatTemplate
 from prefkit.model.architecture import read_architecture
@@ -33,13 +33,14 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layouts_agree() -> None:
     config = load_config(DEMO, ["max_samples=3"]).config
     template = ChatTemplate(load_tokenizer(config.model))
-    pairs = load_pairs(config.data, template, 0, lambda items, title: items)
+    data = load_data(config, template, 0, lambda text: None, lambda items, title: items)
+    rows = list(iterate(data.train))  # type: ignore[arg-type]
     model = load_causal_lm(config.model)
     attach_logps_forward(model, read_architecture(model.config))
     with torch.no_grad():
-        repeat = response_logps(model, pack(pairs.train, "repeat").to_dict())
+        repeat = response_logps(model, pack(rows, "repeat").to_dict())
         use_shared_prompts(model)
-        shared = response_logps(model, pack(pairs.train, "shared").to_dict())
+        shared = response_logps(model, pack(rows, "shared").to_dict())
     torch.testing.assert_close(shared.token_logps, repeat.token_logps, atol=1e-4, rtol=0)
     torch.testing.assert_close(shared.logps, repeat.logps, atol=0, rtol=1e-5)
     # A language model gives plain English some -3 nats a token; a broken one -10.

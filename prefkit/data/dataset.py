@@ -26,15 +26,15 @@ WHOLE = -1  # in the place of a pair: the example with all its pairs
 
 
 class RowView(Sequence[TokenizedExample]):
-    """Rows of several files in some order; `index` (n, 3) has the table, the row in it and the pair of each,
+    """Rows of several files in some order; `places` (n, 3) has the table, the row in it and the pair of each,
     or `WHOLE`."""
 
-    def __init__(self, tables: Sequence[EncodedRows], index: np.ndarray) -> None:
+    def __init__(self, tables: Sequence[Sequence[TokenizedExample]], places: np.ndarray) -> None:
         self.tables = tables
-        self.index = index
+        self.places = places
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedExample: ...
@@ -42,16 +42,10 @@ class RowView(Sequence[TokenizedExample]):
     def __getitem__(self, index: slice) -> RowView: ...
     def __getitem__(self, index: int | slice) -> TokenizedExample | RowView:
         if isinstance(index, slice):
-            return RowView(self.tables, self.index[index])
-        table, row, pair = self.index[index].tolist()
+            return RowView(self.tables, self.places[index])
+        table, row, pair = self.places[index].tolist()
         example = self.tables[table][row]
         return example if pair == WHOLE else next(islice(example.split(), pair, None))
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs that are compared, in all."""
-        counts = [table.num_pairs() for table in self.tables]
-        return sum(1 if pair != WHOLE else int(counts[table][row]) for table, row, pair in self.index.tolist())
 
 
 @dataclass(frozen=True)
@@ -59,13 +53,14 @@ class RunData:
     """What a run trains on and measures itself by, and the ledgers of all data sets.
 
     `train` are rows, or an endless stream; `held_out_parts` is `held_out` by the name of its data set,
-    where each is to be evaluated by itself.
+    where each is to be evaluated by itself; `has_margins` says that pairs have a margin of their own.
     """
 
     train: RowView | StreamedRows
     held_out: RowView
     ledgers: list[Ledger]
     held_out_parts: dict[str, RowView] = field(default_factory=dict)
+    has_margins: bool = False
 
     def first(self, number: int) -> list[TokenizedExample]:
         """The first examples that are held out, or else trained on."""
@@ -87,11 +82,15 @@ def load_data(config: RunConfig, template: ChatTemplate, seed: int, say: Say, tr
     entries = find_datasets(data.dataset_dir, names, encoder.use, config.model.cache_dir)
     training, evaluation = entries[: len(data.dataset)], entries[len(data.dataset) :]
     held_out, parts, ledgers = loader.load_held_out(evaluation)
+    has_margins = any(entry.layout and "margin" in entry.layout.columns for entry in entries)
+    train: RowView | StreamedRows
     if data.streaming and training:
-        stream, first = loader.open_stream(training)
-        return RunData(stream, held_out if first is None else first, [*stream.ledgers, *ledgers], parts)
-    train, own_held_out, own_ledgers = loader.load_training(training)
-    return RunData(train, own_held_out if data.val_size else held_out, [*own_ledgers, *ledgers], parts)
+        train, first = loader.open_stream(training)
+        held_out, own_ledgers = held_out if first is None else first, train.ledgers
+    else:
+        train, first, own_ledgers = loader.load_training(training)
+        held_out = first if data.val_size else held_out
+    return RunData(train, held_out, [*own_ledgers, *ledgers], parts, has_margins)
 
 
 @dataclass(frozen=True)
@@ -126,76 +125,45 @@ class _Loader:
         self, entries: Sequence[DatasetEntry]
     ) -> tuple[RowView, dict[str, RowView], list[Ledger]]:
         """The data sets that are held out: all, each by itself where that is asked for, and their ledgers."""
-        loaded = [self._load(entry) for entry in entries]
-        tables = [rows for rows, _ in loaded]
-        ledgers = []
-        for rows, ledger in loaded:
-            cut = int(rows.column("truncated").sum())
-            pairs = int(rows.num_pairs().sum())
-            ledgers.append(replace(ledger, held_out=len(rows), held_out_truncated=cut, pairs=pairs))
-        views = [_view(tables, k, np.arange(len(rows)), split=True) for k, rows in enumerate(tables)]
-        empty = RowView(tables, np.zeros((0, 3), dtype=np.int64))
-        whole = RowView(tables, np.concatenate([view.index for view in [*views, empty]]))
-        names = [entry.name for entry in entries] if self.config.data.eval_on_each_dataset else []
-        return whole, dict(zip(names, views, strict=False)), ledgers
+        tables = _Tables([self._load(entry) for entry in entries])
+        views = [tables.view(tables.all_of(k), split=True) for k in range(len(entries))]
+        ledgers = [tables.settle(k, np.zeros((0, 2), int), tables.all_of(k)) for k in range(len(entries))]
+        parts = {
+            entry.label: view
+            for entry, view in zip(entries, views, strict=True)
+            if self.config.data.eval_on_each_dataset
+        }
+        rows = np.concatenate([np.zeros((0, 2), int), *(tables.all_of(k) for k in range(len(entries)))])
+        return tables.view(rows, split=True), parts, ledgers
 
     def load_training(self, entries: Sequence[DatasetEntry]) -> tuple[RowView, RowView, list[Ledger]]:
         """What is trained on, what of it is held out, and the ledgers."""
-        data = self.config.data
-        loaded = [self._load(entry) for entry in entries]
-        tables = [rows for rows, _ in loaded]
-        sizes = [len(rows) for rows in tables]
-        if entries and not sum(sizes):
-            why = "; ".join(ledger.explain() for _, ledger in loaded)
+        val_size = self.config.data.val_size
+        tables = _Tables([self._load(entry) for entry in entries])
+        rows = np.concatenate([np.zeros((0, 2), int), *(tables.all_of(k) for k in range(len(entries)))])
+        if entries and not len(rows):
+            why = "; ".join(ledger.explain() for ledger in tables.ledgers)
             raise DataError(f"no row is left to train on; {why}")
-        is_held_out = np.zeros(sum(sizes), dtype=bool)
-        if data.val_size:
+        is_held_out = np.zeros(len(rows), dtype=bool)
+        if val_size:
             try:
-                is_held_out = hold_out(sum(sizes), data.val_size, self.seed)
+                is_held_out = hold_out(len(rows), val_size, self.seed)
             except ValueError as error:
                 raise DataError(f"val_size: {error}") from None
-        flags = np.split(is_held_out, np.cumsum(sizes)[:-1]) if sizes else []
-        held = [_view(tables, k, np.flatnonzero(out), split=True).index for k, out in enumerate(flags)]
-        order = self._mix([np.flatnonzero(~out) for out in flags], tables)
-        train = [_view(tables, k, np.array([row]), self.splits).index for k, row in order]
-        nothing = np.zeros((0, 3), dtype=np.int64)
-        train_view = RowView(tables, np.concatenate([*train, nothing]))
-        ledgers = [
-            self._settle(ledger, rows, flags[k], [row for table, row in order if table == k])
-            for k, (rows, ledger) in enumerate(loaded)
-        ]
-        return train_view, RowView(tables, np.concatenate([*held, nothing])), ledgers
+        held_out = rows[is_held_out]
+        order = self._mix(rows[~is_held_out], tables)
+        ledgers = [tables.settle(k, order, held_out) for k in range(len(entries))]
+        return tables.view(order, self.splits), tables.view(held_out, split=True), ledgers
 
-    def _mix(self, rows: Sequence[np.ndarray], tables: Sequence[EncodedRows]) -> list[tuple[int, int]]:
-        """(table, row) in the order of an epoch, rows that were drawn more than once repeated."""
-
-        def start(k: int) -> Any:
-            times = tables[k].column("times")
-            return lambda: ((k, int(row)) for row in rows[k] for _ in range(times[row]))
-
+    def _mix(self, rows: np.ndarray, tables: _Tables) -> np.ndarray:
+        """(table, row) in the order of an epoch, (n, 2); rows that were drawn more than once are repeated."""
         data = self.config.data
+        times = tables.flat("times")[tables.place(rows)] if len(rows) else np.zeros(0, int)
+        repeated = np.repeat(rows, times, axis=0)
+        parts = [repeated[repeated[:, 0] == k] for k in range(len(tables.rows))]
         probs = [float(p) for p in data.interleave_probs]
-        starts = [start(k) for k in range(len(tables))]
-        return list(mix(starts, data.mix_strategy, probs, self.seed))
-
-    @staticmethod
-    def _settle(ledger: Ledger, rows: EncodedRows, held_out: np.ndarray, used: list[int]) -> Ledger:
-        """The ledger of a data set whose rows `used` are trained on, some perhaps more than once."""
-        trained = np.unique(np.array(used, dtype=np.int64))
-        cut, pairs = rows.column("truncated"), rows.num_pairs()
-        settled = replace(
-            ledger,
-            not_sampled=ledger.not_sampled.copy(),
-            trained=len(trained),
-            held_out=int(held_out.sum()),
-            truncated=int(cut[trained].sum()),
-            held_out_truncated=int(cut[held_out].sum()),
-            pairs=int(pairs[trained].sum() + pairs[held_out].sum()),
-            repeats=len(used) - len(trained),
-        )
-        if left := len(rows) - settled.trained - settled.held_out:
-            settled.not_sampled["mix_strategy"] += left
-        return settled
+        mixed = mix([lambda part=part: iter(part) for part in parts], data.mix_strategy, probs, self.seed)  # type: ignore[misc]
+        return np.array([*mixed, *np.zeros((0, 2), int)], dtype=np.int64).reshape(-1, 2)
 
     def open_stream(self, entries: Sequence[DatasetEntry]) -> tuple[StreamedRows, RowView | None]:
         """The stream of what is trained on, and of it the rows that `val_size` holds out, the first ones."""
@@ -210,20 +178,62 @@ class _Loader:
         if len(first) < number:
             raise DataError(f"val_size: {number} rows are to be held out, and the stream has {len(first)}")
         stream.held_out = frozenset(example.source for example in first)
-        view = RowView([first], np.zeros((0, 3), dtype=np.int64))  # type: ignore[list-item]
         index = [(0, row, pair) for row, one in enumerate(first) for pair in range(len(one.pairs) or 1)]
-        view.index = np.array(index, dtype=np.int64)
-        return stream, view
+        return stream, RowView([first], np.array(index, dtype=np.int64))
 
 
-def _view(tables: Sequence[EncodedRows], table: int, rows: np.ndarray, split: bool) -> RowView:
-    """Rows of one table, whole or pair by pair."""
-    counts = tables[table].num_pairs()[rows] if split else np.ones(len(rows), dtype=np.int64)
-    counts = np.maximum(counts, 1)
-    pair = np.concatenate([np.arange(count) for count in counts]) if len(rows) else np.zeros(0, np.int64)
-    whole = np.repeat(counts == 1, counts)
-    index = np.stack([np.full(len(pair), table), np.repeat(rows, counts), np.where(whole, WHOLE, pair)], 1)
-    return RowView(tables, index)
+class _Tables:
+    """Encoded data sets beside each other; a row is named by (table, row)."""
+
+    def __init__(self, loaded: Sequence[tuple[EncodedRows, Ledger]]) -> None:
+        self.rows = [rows for rows, _ in loaded]
+        self.ledgers = [ledger for _, ledger in loaded]
+        self._starts = np.cumsum([0, *map(len, self.rows)])
+        self._num_pairs = np.concatenate([np.zeros(0, int), *(rows.num_pairs() for rows in self.rows)])
+
+    def all_of(self, table: int) -> np.ndarray:
+        """Every row of a table, (n, 2)."""
+        number = len(self.rows[table])
+        return np.stack([np.full(number, table), np.arange(number)], 1)
+
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows (n, 2) stand if the tables are put one after the other, (n,)."""
+        return self._starts[rows[:, 0]] + rows[:, 1]
+
+    def flat(self, column: str) -> np.ndarray:
+        """A column of all tables, one after the other."""
+        return np.concatenate([rows.column(column) for rows in self.rows])
+
+    def view(self, rows: np.ndarray, split: bool) -> RowView:
+        """Rows (n, 2) in this order, each as it is or pair by pair."""
+        counts = np.maximum(self._num_pairs[self.place(rows)], 1) if split else np.ones(len(rows), int)
+        ends = np.cumsum(counts)
+        pair = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+        pair = np.where(np.repeat(counts == 1, counts), WHOLE, pair)
+        index = np.column_stack([np.repeat(rows, counts, axis=0), pair]).astype(np.int64)
+        return RowView(self.rows, index.reshape(-1, 3))
+
+    def settle(self, table: int, order: np.ndarray, held_out: np.ndarray) -> Ledger:
+        """The ledger of a table when rows `order` (n, 2) are trained on and not rows `held_out` (n, 2)."""
+        rows, ledger = self.rows[table], self.ledgers[table]
+        used = order[order[:, 0] == table, 1]
+        trained = np.unique(used)
+        held = held_out[held_out[:, 0] == table, 1]
+        cut, pairs = rows.column("truncated"), rows.num_pairs()
+        settled = replace(
+            ledger,
+            not_sampled=ledger.not_sampled.copy(),
+            trained=len(trained),
+            held_out=len(held),
+            truncated=int(cut[trained].sum()),
+            held_out_truncated=int(cut[held].sum()),
+            pairs=int(pairs[trained].sum()),
+            held_out_pairs=int(pairs[held].sum()),
+            repeats=len(used) - len(trained),
+        )
+        if left := len(rows) - settled.trained - settled.held_out:
+            settled.not_sampled["mix_strategy"] += left
+        return settled
 
 
 def iterate(rows: RowView) -> Iterator[TokenizedExample]:

@@ -16,8 +16,8 @@ class Ledger:
 
     Each is trained on, held out, not sampled (by the key that says so), or rejected (by a reason):
     `num_rows` is the sum of these. `truncated` counts among those trained on, `held_out_truncated` among
-    those held out. `pairs` are what the rows of both compare, and `repeats` the further uses of a row
-    within an epoch; neither is a row. `examples` names the first rows that were rejected.
+    those held out. `pairs` and `held_out_pairs` are what the rows of either compare, and `repeats` the
+    further uses of a row within an epoch; none of these is a row. `examples` names the first rejected rows.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Ledger:
     truncated: int = 0
     held_out_truncated: int = 0
     pairs: int = 0
+    held_out_pairs: int = 0
     repeats: int = 0
     examples: list[str] = field(default_factory=list)
 
@@ -66,6 +67,7 @@ class Ledger:
             "truncated": self.truncated,
             "held_out_truncated": self.held_out_truncated,
             "pairs": self.pairs,
+            "held_out_pairs": self.held_out_pairs,
             "repeats": self.repeats,
             "rejected_examples": self.examples,
         }
@@ -74,7 +76,7 @@ class Ledger:
 def data_report(ledgers: Iterable[Ledger]) -> dict[str, Any]:
     """The ledgers with their totals, as `data_report.json` has them."""
     rows = list(ledgers)
-    numbers = ("rows", "trained", "held_out", "truncated", "held_out_truncated", "pairs", "repeats")
+    numbers = ("rows", "trained", "held_out", "truncated", "pairs", "held_out_pairs", "repeats")
     described = [ledger.to_dict() for ledger in rows]
     totals: dict[str, Any] = {name: sum(one[name] for one in described) for name in numbers}
     totals["not_sampled"] = sum(ledger.not_sampled.total() for ledger in rows)

@@ -31,8 +31,9 @@ class PackedBatch:
 
     Of the response tokens, in order, `target` (T,) is the token id, `source` (T,) the flat position in
     (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
-    first token of every response. `pairs` (M, 2) has the index of chosen and rejected. Of each example,
-    `rows` has its name as `file:row`, `keys` the hash of its token ids, `num_targets` its response tokens.
+    first token of every response. `pairs` (M, 2) has the index of chosen and rejected, `margins` and
+    `weights` (M,) what the data says of each pair. Of each example, `rows` has its name as `file:row`,
+    `keys` the hash of its token ids, `num_targets` its response tokens.
     """
 
     input_ids: Tensor
@@ -42,7 +43,10 @@ class PackedBatch:
     source: Tensor
     target: Tensor
     owner: Tensor
+    num_responses: int
     pairs: Tensor
+    margins: Tensor
+    weights: Tensor
     rows: tuple[str, ...]
     keys: tuple[str, ...]
     num_targets: tuple[int, ...]
@@ -55,7 +59,7 @@ class PackedBatch:
 def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
     """Lay out examples as one batch.
 
-    >>> example = TokenizedExample([7, 8], [[1, 2], [3]], [(0, 1)], "f:1")
+    >>> example = TokenizedExample([7, 8], [[1, 2], [3]], (Pair(0, 1),), "f:1")
     >>> batch = pack([example], "shared")
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
     ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
@@ -63,10 +67,11 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
     ([1, 2, 1], [1, 2, 3], [0, 0, 1])
     """
     place = _place_shared if layout == "shared" else _place_repeat
-    target, owner, pairs = [], [], []
+    target, owner = [], []
+    pairs: list[list[int]] = []
     num_responses = 0
     for example in examples:
-        pairs += [[num_responses + i for i in pair] for pair in example.pairs]
+        pairs += [[num_responses + pair.chosen, num_responses + pair.rejected] for pair in example.pairs]
         for ids in example.response_ids:
             target += ids
             owner += [num_responses] * len(ids)
@@ -75,7 +80,10 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         **place(examples),
         target=torch.tensor(target),
         owner=torch.tensor(owner),
-        pairs=torch.tensor(pairs),
+        num_responses=num_responses,
+        pairs=torch.tensor(pairs).view(-1, 2),
+        margins=torch.tensor([pair.margin for example in examples for pair in example.pairs]),
+        weights=torch.tensor([pair.weight for example in examples for pair in example.pairs]),
         rows=tuple(example.source for example in examples),
         keys=tuple(example.key for example in examples),
         num_targets=tuple(sum(map(len, example.response_ids)) for example in examples),

@@ -55,6 +55,11 @@ class DatasetEntry:
     ranking: bool | None = None
     num_samples: int | None = None
 
+    @property
+    def label(self) -> str:
+        """The name of the data set where a path would not do: in metrics and names of files."""
+        return Path(self.name).name.partition(".")[0]
+
     def rows(self) -> Iterator[tuple[str, Any]]:
         """Each row as (`file:row`, row); a row that cannot be read comes as a `RowError`."""
         if self.hub is not None:

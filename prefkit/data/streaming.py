@@ -84,7 +84,7 @@ class StreamedRows(IterableDataset[TokenizedExample]):
                     if example.source in self.held_out:
                         ledgers[which].held_out += 1
                         ledgers[which].held_out_truncated += example.truncated
-                        ledgers[which].pairs += len(example.pairs)
+                        ledgers[which].held_out_pairs += len(example.pairs)
                     else:
                         yield which, example
 

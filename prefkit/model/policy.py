@@ -154,5 +154,5 @@ def response_logps(model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
     token_logps = found["token_logps"]
     if token_logps.dtype != torch.float32:
         raise TypeError(f"log-probs arrived as {token_logps.dtype}; a wrapper cast the model's output")
-    responses = sum_by_response(token_logps, batch["owner"], batch["pairs"].numel())
+    responses = sum_by_response(token_logps, batch["owner"], batch["num_responses"])
     return replace(responses, router_loss=found.get("router_loss"))

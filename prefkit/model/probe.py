@@ -48,7 +48,7 @@ def make_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> Probe:
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_ROWS]
     rows = []
     for example in shortest:
-        response = example.response_ids[example.pairs[0][0]][: _MOST_TOKENS // 2]
+        response = example.response_ids[example.pairs[0].chosen][: _MOST_TOKENS // 2]
         rows.append((example.prompt_ids[-_MOST_TOKENS // 2 :], response))
     base = base_of(model)
     dtype = str(base.dtype).removeprefix("torch.")

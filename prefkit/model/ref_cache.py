@@ -26,7 +26,7 @@ from prefkit.model.reference import Reference
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
 if TYPE_CHECKING:
-    from prefkit.data.dataset import Track
+    from prefkit.data.rows import Track
 
 Say = Callable[[str], None]
 _BATCHES_A_FILE = 500  # a kill loses no more while log-probs are computed beforehand
@@ -151,7 +151,7 @@ class CachedReference:
         keys = batch["keys"]
         if all(key in self.store for key in keys):
             token_logps = torch.cat([self.store.get(key) for key in keys]).to(batch["owner"].device)
-            return sum_by_response(token_logps, batch["owner"], batch["pairs"].numel())
+            return sum_by_response(token_logps, batch["owner"], batch["num_responses"])
         if self.reference is None:
             missing = next(row for row, key in zip(batch["rows"], keys, strict=True) if key not in self.store)
             raise RuntimeError(f"the reference cache has no log-probs of {missing}")

@@ -43,14 +43,21 @@ def rewards(policy: PairLogps, reference: PairLogps | None, *, beta: float, aver
 
 
 def sigmoid_loss(
-    policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    offset: Tensor | float = 0.0,
 ) -> Tensor:
     """DPO: the log-loss of preferring chosen, where a share `label_smoothing` of labels is wrong.
 
     -(1 - e) log s(beta * margin) - e log s(-beta * margin): Eq. 7 of https://arxiv.org/abs/2305.18290
     for e = 0, Eq. 3 of https://ericmitchell.ai/cdpo.pdf for e in (0, 0.5). ln 2 at the reference.
+    `offset` (M,) is the reward by which chosen is to lead, taken from beta * margin, as in Eq. 8 of
+    https://arxiv.org/abs/2402.10571 (ODPO).
     """
-    logits = beta * margins(policy, reference)
+    logits = beta * margins(policy, reference) - offset
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
@@ -206,7 +213,8 @@ class Loss:
 
     `fn(policy, reference, **numbers)` gives (M,); `params` are the names of its numbers, besides
     `kl_chosen` and `kl_rejected` when `needs_batch_kl`. `uses_means` says that it reads log-probs per
-    token, unless its own number `average` says otherwise. `parts` are terms to report by themselves.
+    token, unless its own number `average` says otherwise; `takes_offset` that `fn` takes the `offset` of
+    each pair. `parts` are terms to report by themselves.
     """
 
     fn: Callable[..., Tensor]
@@ -214,6 +222,7 @@ class Loss:
     params: tuple[str, ...]
     uses_means: bool = False
     needs_batch_kl: bool = False
+    takes_offset: bool = False
     parts: Mapping[str, Callable[[PairLogps], Tensor]] = field(default_factory=dict)
 
     def rewards(
@@ -231,7 +240,9 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(sigmoid_loss, needs_reference=True, params=("beta", "label_smoothing")),
+    "sigmoid": Loss(
+        sigmoid_loss, needs_reference=True, params=("beta", "label_smoothing"), takes_offset=True
+    ),
     "hinge": Loss(hinge_loss, needs_reference=True, params=("beta",)),
     "ipo": Loss(ipo_loss, needs_reference=True, params=("beta", "average"), uses_means=True),
     "kto_pair": Loss(kto_pair_loss, needs_reference=True, params=("beta",), needs_batch_kl=True),

@@ -25,6 +25,9 @@ def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Pat
     matplotlib.use("Agg")
     titles = dict(CURVES.values())
     files = {name: (key,) for name, (key, _) in CURVES.items()} | dict([OVERVIEW])
+    for key in _losses_of_parts(log_history):
+        files[f"training_{key}.png"] = (key,)
+        titles[key] = f"held-out loss, {key.removeprefix('eval_').removesuffix('_loss')}"
     drawable = {
         name: keys
         for name, keys in files.items()
@@ -33,6 +36,12 @@ def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Pat
     for name, keys in drawable.items():
         _draw(log_history, {key: titles[key] for key in keys}, folder / name)
     return [folder / name for name in drawable]
+
+
+def _losses_of_parts(log_history: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the losses of data sets that are evaluated by themselves."""
+    marked = {key for line in log_history for key in line if key.endswith("_rewards/margins")}
+    return sorted(key.removesuffix("rewards/margins") + "loss" for key in marked if key.startswith("eval_"))
 
 
 def _draw(log_history: Sequence[dict[str, Any]], titles: dict[str, str], file: Path) -> None:

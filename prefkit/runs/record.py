@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from prefkit import __version__
 from prefkit.config import RunConfig, dump_yaml, load_config
 from prefkit.config.errors import UserError
 from prefkit.config.schema import keys_of
+from prefkit.data.ledger import Ledger, data_report
 
-RECORD_FILE, CONFIG_FILE = "prefkit.json", "config.yaml"
+RECORD_FILE, CONFIG_FILE, DATA_FILE = "prefkit.json", "config.yaml", "data_report.json"
 # Keys that may differ between a run and its resumption: they change neither weights nor metrics.
 _HARMLESS = {
     *(
@@ -32,6 +34,7 @@ _HARMLESS = {
     ),
     *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy", "log_level"),
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "cache_dir"),
+    *("tokenized_path", "overwrite_cache", "preprocessing_num_workers"),
 }
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors")
 
@@ -46,6 +49,12 @@ def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None
     _replace(folder / CONFIG_FILE, dump_yaml(config.to_yaml_dict()))
     record = {**facts, "versions": library_versions()}
     _replace(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_data_report(folder: Path, ledgers: Iterable[Ledger]) -> None:
+    """Write `data_report.json`: what became of every row."""
+    report = json.dumps(data_report(ledgers), indent=2, ensure_ascii=False)
+    _replace(folder / DATA_FILE, report + "\n")
 
 
 def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool) -> None:

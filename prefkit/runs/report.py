@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prefkit.data.sources import Ledger
+from prefkit.data.ledger import Ledger
+
+Tracked = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -17,20 +20,45 @@ def make_console(file: IO[str] | None = None) -> Console:
     return Console(file=file, soft_wrap=True, highlight=False, markup=False)
 
 
-def print_ledger(console: Console, ledgers: Sequence[Ledger], num_train: int, num_held_out: int) -> None:
+def make_tracker(console: Console) -> Tracked:
+    """Shows how far a pass over some items is: `tracker(items, title)` gives them back as they go by."""
+
+    def tracked(items: Iterable[Any], title: str) -> Iterable[Any]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        total = len(items) if isinstance(items, Sized) else None
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            yield from bar.track(items, total, description=title)
+
+    return tracked
+
+
+def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
     """What became of every row."""
     table = Table(title="Rows", title_justify="left", title_style="bold")
     table.add_column("data set")
-    for name in ("rows", "not sampled", "rejected", "used", "of these truncated"):
+    for name in ("rows", "trained", "held out", "not sampled", "rejected", "truncated", "pairs"):
         table.add_column(name, justify="right")
     for ledger in ledgers:
-        counts = (ledger.num_rows, ledger.not_sampled, ledger.rejected.total(), ledger.used, ledger.truncated)
-        table.add_row(ledger.name, *map(str, counts))
+        left_out = (ledger.not_sampled.total(), ledger.rejected.total())
+        used = (ledger.truncated + ledger.held_out_truncated, ledger.pairs + ledger.held_out_pairs)
+        counts = (ledger.num_rows, ledger.trained, ledger.held_out, *left_out, *used)
+        table.add_row(Path(ledger.name).name, *map(str, counts))
     console.print(table, soft_wrap=False)
     for ledger in ledgers:
+        for key, count in ledger.not_sampled.items():
+            console.print(f"{ledger.name}: {count} not sampled: {key}.")
         for reason, count in ledger.rejected.items():
             console.print(f"{ledger.name}: {count} rejected: {reason}.")
-    console.print(f"{num_train} pairs to train on, {num_held_out} held out.")
+        if ledger.repeats:
+            console.print(f"{ledger.name}: rows are repeated {ledger.repeats} times in an epoch.")
+    console.print(
+        f"{_count(sum(ledger.pairs for ledger in ledgers), 'pair')} to train on, "
+        f"{sum(ledger.held_out_pairs for ledger in ledgers)} held out."
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def print_files(console: Console, folder: Path, files: dict[str, str]) -> None:

@@ -57,7 +57,10 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
     given.setdefault("log_level", "error")
     given.setdefault("log_level_replica", "error")
     given.setdefault("ddp_find_unused_parameters", False)
-    if config.data.disable_shuffling:
+    if config.data.streaming:
+        # Each process reads the stream for itself: our batches cannot be cut and sent around.
+        given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
+    elif config.data.disable_shuffling:
         given["train_sampling_strategy"] = "sequential"
     try:
         args = TrainingArguments(**{**given, **_FIXED, "use_cpu": not has_accelerator})

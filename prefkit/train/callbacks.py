@@ -22,15 +22,24 @@ LOG_FILE = "trainer_log.jsonl"
 # Keys of a line in the log file, and what they are called in the Trainer's own log.
 _LOG_KEYS = {
     "loss": "loss",
-    "eval_loss": "eval_loss",
     "predict_loss": "predict_loss",
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
-    "eval_accuracy": "eval_rewards/accuracies",
-    "eval_margin": "eval_rewards/margins",
     "lr": "learning_rate",
     "epoch": "epoch",
 }
+_EVALUATED = {"eval_loss": "loss", "eval_accuracy": "rewards/accuracies", "eval_margin": "rewards/margins"}
+
+
+def evaluation_prefix(logs: dict[str, float]) -> str | None:
+    """What the metrics of an evaluation start with: `eval_`, or `eval_NAME_` where a data set is evaluated by
+    itself; None where the log is of no evaluation.
+
+    >>> evaluation_prefix({"eval_more_loss": 0.5, "eval_more_rewards/margins": 0.1})
+    'eval_more_'
+    """
+    marked = (name for name in logs if name.startswith("eval_") and name.endswith("rewards/margins"))
+    return next((name.removesuffix("rewards/margins") for name in marked), None)
 
 
 class LogFile(TrainerCallback):
@@ -59,6 +68,10 @@ class LogFile(TrainerCallback):
         logs = logs or {}
         line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps}
         line |= {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
+        if (prefix := evaluation_prefix(logs)) is not None:
+            line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
+            if name := prefix.removeprefix("eval_").removesuffix("_"):
+                line["eval_dataset"] = name
         if not state.is_world_process_zero or not line.keys() & {"loss", "eval_loss"}:
             return
         elapsed = time.time() - self.started
@@ -127,8 +140,9 @@ class ProgressBar(TrainerCallback):
         """Print a line for the log where no bar can move, and for each evaluation."""
         logs = logs or {}
         step = f"step {state.global_step}/{state.max_steps}"
-        if "eval_loss" in logs:
-            self.console.print(f"{step}  held out: {_numbers(logs, 'eval_')}")
+        if (prefix := evaluation_prefix(logs)) is not None:
+            name = prefix.removeprefix("eval_").removesuffix("_")
+            self.console.print(f"{step}  held out{name and f' ({name})'}: {_numbers(logs, prefix)}")
         elif "loss" in logs and not self.console.is_terminal:
             self.console.print(f"{step}  {_numbers(logs)}")
 

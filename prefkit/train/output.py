@@ -10,14 +10,14 @@ from pathlib import Path
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.model.probe import PROBE_FILE
-from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, changed_keys, read_record
+from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, changed_keys, read_record
 from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
 
 # What a run writes into its folder.
 _WRITTEN = (
     *("checkpoint-*", ".saving-*", ".old-*", "adapter_*", "training_*", "trainer_*", "*_results.json"),
     *("model*.safetensors*", "config.json", "generation_config.json", PROBE_FILE),
-    *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE),
+    *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
 )
 
 

@@ -14,7 +14,9 @@ from accelerate.utils import send_to_device
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, RunConfig
-from prefkit.data.dataset import Pairs, Track
+from prefkit.data.dataset import RunData, iterate
+from prefkit.data.rows import Track
+from prefkit.data.streaming import StreamedRows
 from prefkit.model.adapter import find_adapter, freeze_initial, merge_adapters
 from prefkit.model.architecture import batch_dependence
 from prefkit.model.fingerprint import fingerprint
@@ -49,7 +51,7 @@ class ReferenceBuilder:
     args: TrainingArguments
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
-    pairs: Pairs
+    data: RunData
     weights: dict[str, str]
     say: Say
     track: Track
@@ -118,18 +120,21 @@ class ReferenceBuilder:
         why_not = batch_dependence(self.policy.base.config, self.config.data.cutoff_len)
         if why_not and wanted:
             raise UserError(f"ref_cache: {why_not}: remove it")
+        if isinstance(self.data.train, StreamedRows):
+            return False
         if wanted is not None or why_not or not self.config.training.get("do_train"):
             return bool(wanted)
         args = self.args
         if args.max_steps <= 0:
             return args.num_train_epochs > 1
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * per_step > len(self.pairs.train)
+        return args.max_steps * per_step > len(self.data.train)
 
     def _with_cache(self) -> CachedReference:
         store = LogpsStore(cache_root(self.config.model.cache_dir), self._facts(), self.say)
         PartialState().wait_for_everyone()  # all ranks have looked before any of them writes
-        examples = [*self.pairs.train, *self.pairs.held_out]
+        assert not isinstance(self.data.train, StreamedRows)
+        examples = [*iterate(self.data.train), *iterate(self.data.held_out)]
         missing = sum(example.key not in store for example in examples)
         found = f"Reference cache: {len(examples) - missing} of {len(examples)} rows found in {store.folder}"
         self.say(f"{found}." if not missing else f"{found}; {missing} are computed and kept there.")

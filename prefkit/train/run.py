@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import track
 from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import Pairs, load_pairs
-from prefkit.data.sources import DataError
+from prefkit.data.dataset import RunData, iterate, load_data
+from prefkit.data.readers import DataError
+from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
@@ -22,12 +21,19 @@ from prefkit.model.load import load_tokenizer
 from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
+from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import check_weights, write_model_card, write_record
-from prefkit.runs.report import print_files, print_ledger
+from prefkit.runs.record import check_weights, write_data_report, write_model_card, write_record
+from prefkit.runs.report import make_tracker, print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.arguments import make_training_arguments
-from prefkit.train.callbacks import EarlyStopping, KeepReferenceLogps, LogFile, ProgressBar
+from prefkit.train.callbacks import (
+    EarlyStopping,
+    KeepReferenceLogps,
+    LogFile,
+    ProgressBar,
+    evaluation_prefix,
+)
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _SHOWN_SAMPLES = 3
+_PROBED = 256  # rows among which the shortest are taken for the probe
 
 
 def train(config: RunConfig, console: Console) -> None:
@@ -55,18 +62,21 @@ def train(config: RunConfig, console: Console) -> None:
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
-    tracker = _tracker(console)
-    pairs = load_pairs(config.data, template, args.seed, tracker)
-    print_ledger(console, pairs.ledgers, len(pairs.train), len(pairs.held_out))
+    tracker = make_tracker(console)
+    with args.main_process_first(local=False):  # the others find the rows that it has encoded
+        data = load_data(config, template, args.seed, console.print, tracker)
+    _check_margins(config, data)
+    if not isinstance(data.train, StreamedRows):
+        print_ledger(console, data.ledgers)
     policy = build_policy(config, args, tokenizer, console.print)
     weights = fingerprints(config)
     if folder.checkpoint is not None:
         check_weights(folder.path, weights)
     reference = ReferenceBuilder(
-        config, args, policy, tokenizer, pairs, weights, console.print, tracker
+        config, args, policy, tokenizer, data, weights, console.print, tracker
     ).build()
-    trainer = _build_trainer(config, args, policy, reference, pairs, template, folder, console)
-    run = Run(config, folder, trainer, policy, template, pairs, weights, console)
+    trainer = _build_trainer(config, args, policy, reference, data, template, folder, console)
+    run = Run(config, folder, trainer, policy, template, data, weights, console)
     if run.leads:
         folder.clear()
     run.record(finished=False)
@@ -79,11 +89,14 @@ def train(config: RunConfig, console: Console) -> None:
     run.show_files()
 
 
-def _tracker(console: Console) -> Any:
-    def tracked(items: Sequence[Any], title: str) -> Any:
-        return track(items, title, console=console, transient=True, disable=not console.is_terminal)
-
-    return tracked
+def _check_margins(config: RunConfig, data: RunData) -> None:
+    """Raises `DataError` when the data has margins that the loss would not read."""
+    if data.has_margins and not LOSSES[config.method.pref_loss].takes_offset:
+        takers = " or ".join(name for name, loss in LOSSES.items() if loss.takes_offset)
+        raise DataError(
+            f"pref_loss: {config.method.pref_loss} has no place for the margin of a pair: write pref_loss: "
+            f"{takers}, or take `margin` out of `columns` in dataset_info.json"
+        )
 
 
 def _build_trainer(
@@ -91,7 +104,7 @@ def _build_trainer(
     args: TrainingArguments,
     policy: Policy,
     reference: Reference | None,
-    pairs: Pairs,
+    data: RunData,
     template: ChatTemplate,
     folder: OutputFolder,
     console: Console,
@@ -107,8 +120,7 @@ def _build_trainer(
         stage,
         config.tuning,
         policy.layout,
-        pairs.train,
-        pairs.held_out,
+        data,
         template.tokenizer,
     )
     bar.trainer = trainer
@@ -131,7 +143,7 @@ class Run:
     trainer: PrefTrainer
     policy: Policy
     template: ChatTemplate
-    pairs: Pairs
+    data: RunData
     weights: dict[str, str]
     console: Console
 
@@ -154,11 +166,12 @@ class Run:
         self.trainer.save_model()
         self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
+        self._settle_stream()
         if not self.leads:
             return
         if self.config.tuning.pissa_init:
             save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
-        write_probe(make_probe(self.policy.model, self.pairs.held_out or self.pairs.train), self.folder.path)
+        write_probe(make_probe(self.policy.model, self.data.first(_PROBED)), self.folder.path)
         facts = f"{self.config.method.pref_loss} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         write_model_card(self.folder.path, self.config.model.model_name_or_path, facts, is_adapter)
@@ -166,43 +179,57 @@ class Run:
         if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
             self.console.print("No curves: the log has fewer than two lines; set a smaller logging_steps.")
 
+    def _settle_stream(self) -> None:
+        """Count the rows of a stream that were trained on, now that it is known."""
+        if not isinstance(self.data.train, StreamedRows):
+            return
+        args = self.trainer.args
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        settled = self.data.train.settle(self.trainer.state.global_step * per_step)
+        self.data.ledgers[: len(settled)] = settled
+        print_ledger(self.console, self.data.ledgers)
+
     def evaluate(self) -> None:
         """Metrics of the held-out pairs (`do_eval`), and of each of them (`do_predict`)."""
         args = self.trainer.args
         if not (args.do_eval or args.do_predict):
             return
-        if not self.pairs.held_out:
+        if not self.data.held_out:
             raise DataError("do_eval/do_predict: every held-out row was rejected")
         if args.do_eval:
             metrics = self._last_evaluation() or self.trainer.evaluate()
             self.trainer.save_metrics("eval", metrics)
-            accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
-            self.console.print(
-                f"Held out: reward accuracy {accuracy:.3f}, margin {margin:.3f} "
-                f"({len(self.pairs.held_out)} pairs)",
-            )
+            for name, rows in (self.data.held_out_parts or {"": self.data.held_out}).items():
+                prefix = f"eval_{name}_" if name else "eval_"
+                accuracy, margin = metrics[f"{prefix}rewards/accuracies"], metrics[f"{prefix}rewards/margins"]
+                self.console.print(
+                    f"Held out{name and f' ({name})'}: reward accuracy {accuracy:.3f}, margin {margin:.3f} "
+                    f"({len(rows)} pairs)"
+                )
         if args.do_predict:
-            metrics, rows = self.trainer.predict_pairs(self.pairs.held_out)
+            metrics, measured = self.trainer.predict_pairs(self.data.held_out)
             self.trainer.save_metrics("predict", metrics)
-            sources = (example.source for example in self.pairs.held_out)
-            lines = (json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, rows, strict=True))
+            sources = (example.source for example in self.data.held_out)
+            lines = (
+                json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, measured, strict=True)
+            )
             if self.leads:
                 (self.folder.path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def _last_evaluation(self) -> dict[str, float] | None:
-        """The metrics of an evaluation that training ended with, if it did."""
+        """The metrics of the evaluations that training ended with, if it did."""
         state = self.trainer.state
-        last = next((line for line in reversed(state.log_history) if "eval_loss" in line), None)
-        if last is None or last["step"] != state.global_step:
-            return None
-        return {name: value for name, value in last.items() if name != "step"}
+        last = [line for line in state.log_history if line["step"] == state.global_step]
+        found = [line for line in last if evaluation_prefix(line) is not None]
+        merged = {name: value for line in found for name, value in line.items() if name != "step"}
+        return merged or None
 
     def answers(self, when: str) -> list[str]:
         """Greedy answers of the policy as it is now to `sample_prompts` held-out prompts."""
         number = self.config.output.sample_prompts
         if not number or not self.leads:
             return []
-        prompts = [example.prompt_ids for example in self.pairs.held_out[:number]]
+        prompts = [example.prompt_ids for example in iterate(self.data.held_out[:number])]
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
         return generate_responses(self.policy.model, self.template, prompts, length)
@@ -211,9 +238,8 @@ class Run:
         """Answer the prompts again, and show both answers to each."""
         after = self.answers("after")
         number = len(after)
-        sources = [example.source for example in self.pairs.held_out[:number]]
-        rows = zip(sources, self.pairs.held_out_questions[:number], before, after, strict=True)
-        samples = [Sample(*row) for row in rows]
+        rows = zip(iterate(self.data.held_out[:number]), before, after, strict=True)
+        samples = [Sample(row.source, row.question, *answers) for row, *answers in rows]
         if samples:
             write_samples(samples, self.folder.path)
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
@@ -235,10 +261,10 @@ class Run:
             "reference": self.reference_name,
             "batch_layout": self.policy.layout,
             "trained_on": list(self.config.data.dataset),
-            "data": [ledger.to_dict() for ledger in self.pairs.ledgers],
-            "pairs": {"trained": len(self.pairs.train), "held_out": len(self.pairs.held_out)},
+            "data": [ledger.to_dict() for ledger in self.data.ledgers],
         }
         write_record(self.folder.path, self.config, facts)
+        write_data_report(self.folder.path, self.data.ledgers)
 
     def show_files(self) -> None:
         """Name the files of the run that are there."""
@@ -259,6 +285,7 @@ FILES = {
     "predictions.jsonl": "metrics of each held-out pair",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",
+    "data_report.json": "what became of every row",
     "config.yaml": "the config as it ran; prefkit train takes it",
     "prefkit.json": "base model, data with hashes, versions",
 }

@@ -82,11 +82,14 @@ class DpoStage:
             alpha = self.method.ld_alpha if self.method.ld_alpha_reference else None
             reference_pair = self._weigh(reference, batch["pairs"], alpha).pair(batch["pairs"])
         numbers: dict[str, Any] = {**self.numbers, **self._batch_kl(policy, reference_pair)}
+        if self.loss.takes_offset:
+            numbers["offset"] = batch["margins"]
         losses = self.loss.fn(policy, reference_pair, **numbers)
         if self.expects_identity and reference_pair is not None:
             self._check_loss(losses, reference_pair, numbers)
         self.expects_identity = False
         losses = self._add_terms(losses, policy, plain, reference_pair, learns=model.training)
+        losses = losses * batch["weights"]
         pair_rewards = self.loss.rewards(policy, reference_pair, **numbers)
         metrics = pairwise_metrics(plain, pair_rewards, self.loss.parts)
         if responses.router_loss is not None:

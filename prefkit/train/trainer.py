@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import TuningConfig
+from prefkit.data.dataset import RowView, RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
 from prefkit.train.checkpoint import PickleFreeCheckpoints
@@ -37,16 +38,15 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         stage: DpoStage,
         tuning: TuningConfig,
         layout: Layout,
-        train_examples: Sequence[TokenizedExample],
-        eval_examples: Sequence[TokenizedExample],
+        data: RunData,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             data_collator=partial(_collate, layout=layout),
-            train_dataset=list(train_examples) or None,
-            eval_dataset=list(eval_examples) or None,
+            train_dataset=data.train if args.do_train else None,
+            eval_dataset=data.held_out_parts or (data.held_out if len(data.held_out) else None),
             processing_class=tokenizer,
             compute_metrics=self._mean_metrics,
         )
@@ -112,11 +112,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         means = prediction.predictions.mean(axis=0, dtype="float64")
         return dict(zip(self._metric_names, means.tolist(), strict=True))
 
-    def predict_pairs(
-        self, examples: Sequence[TokenizedExample]
-    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+    def predict_pairs(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, float]]]:
         """Means over all examples, named `predict_...`, and the values of each example, in order."""
-        output = self.predict(list(examples), metric_key_prefix="predict")  # type: ignore[arg-type]
+        output = self.predict(cast("Any", examples), metric_key_prefix="predict")
         assert not isinstance(output.predictions, tuple)
         rows = [dict(zip(self._metric_names, row, strict=True)) for row in output.predictions.tolist()]
         return output.metrics or {}, rows

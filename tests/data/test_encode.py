@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefkit.data.encode import encode_example
-from prefkit.data.examples import Example, Message, Response
+from prefkit.data.examples import Example, Message, Pair, Response
 from prefkit.data.formats import Degenerate
 from prefkit.data.template import ChatTemplate
 
@@ -16,7 +16,9 @@ AROUND = 6 + 2 + 11
 
 def example(prompt: str | tuple[Message, ...], chosen: str, rejected: str) -> Example:
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return Example(messages, (Response(chosen, "chosen"), Response(rejected, "rejected")), "f:1")
+    return Example(
+        messages, (Response(chosen, "chosen"), Response(rejected, "rejected")), "f:1", (Pair(0, 1),)
+    )
 
 
 def encode(tokenizer, row: Example, cutoff_len: int):
@@ -27,7 +29,7 @@ def test_what_fits_is_whole(tokenizer) -> None:
     found = encode(tokenizer, example("q" * 10, "c" * 60, "r"), AROUND + 10 + 62)
     assert (len(found.prompt_ids), [len(ids) for ids in found.response_ids]) == (AROUND + 10, [62, 3])
     assert not found.truncated
-    assert found.pairs == [(0, 1)]
+    assert found.pairs == (Pair(0, 1),)
 
 
 def test_one_token_more_and_the_head_of_the_prompt_goes(tokenizer) -> None:

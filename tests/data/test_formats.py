@@ -19,7 +19,10 @@ def prompt_of(row: dict, layout: RowFormat) -> list[tuple[str, str]]:
 def test_alpaca() -> None:
     row = {"instruction": "Q", "input": "", **PAIR}
     assert make_example(row, ALPACA, "pairs", "f:7") == Example(
-        (Message("user", "Q"),), (Response("good", "chosen"), Response("bad", "rejected")), "f:7", (Pair(0, 1),)
+        (Message("user", "Q"),),
+        (Response("good", "chosen"), Response("bad", "rejected")),
+        "f:7",
+        (Pair(0, 1),),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import pack
 
 EXAMPLES = [
-    TokenizedExample([10, 11], [[1, 2, 3], [4]], [(0, 1)], "f:1"),
-    TokenizedExample([12], [[5], [6, 7]], [(1, 0)], "f:2"),
+    TokenizedExample([10, 11], [[1, 2, 3], [4]], (Pair(0, 1),), "f:1"),
+    TokenizedExample([12], [[5], [6, 7]], (Pair(1, 0),), "f:2"),
 ]
 
 

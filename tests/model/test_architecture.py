@@ -7,6 +7,7 @@ import torch
 
 from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import pack
 from prefkit.model.architecture import Architecture, batch_dependence, read_architecture
 from prefkit.model.policy import response_logps
@@ -50,7 +51,7 @@ def test_a_window_hides_nothing_up_to_its_length(name: str) -> None:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sequence_longer_than_the_window_stops_the_shared_layout(name: str) -> None:
     policy = make_policy(name, SHARING[name], "shared")
-    longer = TokenizedExample([5] * LONGEST, [[6], [7]], [(0, 1)], "f:1")
+    longer = TokenizedExample([5] * LONGEST, [[6], [7]], (Pair(0, 1),), "f:1")
     with pytest.raises(RuntimeError, match=f"longer than the window of {LONGEST}"):
         response_logps(policy, pack([longer], "shared").to_dict())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import Segments, pack
 from prefkit.model.attention import (
     fitting_attention,
@@ -31,9 +32,9 @@ from tests.model.test_policy import EXAMPLES as PAIRS
 from tests.model.test_policy import SHARING, distance, gradients, loss_of, make_policy
 
 EXAMPLES = [
-    TokenizedExample([1] * 5, [[2] * 3, [3] * 4], [(0, 1)], "f:1"),
-    TokenizedExample([1], [[2] * 2, [3]], [(0, 1)], "f:2"),
-    TokenizedExample([1] * 2, [[2], [3] * 6, [4] * 2], [(0, 1)], "f:3"),
+    TokenizedExample([1] * 5, [[2] * 3, [3] * 4], (Pair(0, 1),), "f:1"),
+    TokenizedExample([1], [[2] * 2, [3]], (Pair(0, 1),), "f:2"),
+    TokenizedExample([1] * 2, [[2], [3] * 6, [4] * 2], (Pair(0, 1),), "f:3"),
 ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import prefkit.objectives.head
 from benchmarks.peak import PeakMemory
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import pack
 from prefkit.model.architecture import read_architecture
 from prefkit.model.attention import use_shared_prompts
@@ -31,7 +32,7 @@ def make_batch(prompt: int, response: int) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = torch.randint(7, 264, (prompt + 2 * response,)).tolist()
     responses = [ids[prompt : prompt + response], ids[prompt + response :]]
-    return pack([TokenizedExample(ids[:prompt], responses, [(0, 1)], "f:1")], "shared").to_dict()
+    return pack([TokenizedExample(ids[:prompt], responses, (Pair(0, 1),), "f:1")], "shared").to_dict()
 
 
 def peak_of_a_step(vocabulary: int, targets: list[str]) -> int:

@@ -13,6 +13,7 @@ from transformers.models.mixtral import modeling_mixtral
 import prefkit.objectives.head
 from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import Layout, pack
 from prefkit.model.adapter import linear_names
 from prefkit.model.architecture import read_architecture
@@ -22,9 +23,9 @@ from prefkit.objectives.logps import desensitize_length
 from tests.conftest import SMALL, make_model
 
 EXAMPLES = [
-    TokenizedExample([3, 9, 20, 31, 4], [[5, 6, 7], [8, 9]], [(0, 1)], "f:1"),
-    TokenizedExample([11], [[12], [13, 14, 15, 16, 17, 18, 19]], [(0, 1)], "f:2"),
-    TokenizedExample([40, 41, 42, 43, 44, 45, 46, 47], [[50, 51, 52, 53], [54]], [(0, 1)], "f:3"),
+    TokenizedExample([3, 9, 20, 31, 4], [[5, 6, 7], [8, 9]], (Pair(0, 1),), "f:1"),
+    TokenizedExample([11], [[12], [13, 14, 15, 16, 17, 18, 19]], (Pair(0, 1),), "f:2"),
+    TokenizedExample([40, 41, 42, 43, 44, 45, 46, 47], [[50, 51, 52, 53], [54]], (Pair(0, 1),), "f:3"),
 ]
 LONGEST = 12  # tokens of the third prompt with its first response
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

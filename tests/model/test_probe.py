@@ -12,6 +12,7 @@ import torch
 
 from prefkit.config import TuningConfig
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.model.adapter import add_lora
 from prefkit.model.attention import use_shared_prompts
 from prefkit.model.errors import ModelError
@@ -77,14 +78,15 @@ def test_measuring_leaves_training_mode_and_attention_as_they_were(policy) -> No
 
 def test_the_four_shortest_examples_are_probed_with_their_chosen_response(policy) -> None:
     examples = [
-        TokenizedExample([9] * length, [[1], [2, 3]], [(1, 0)], f"f:{length}") for length in (7, 2, 5, 3, 4)
+        TokenizedExample([9] * length, [[1], [2, 3]], (Pair(1, 0),), f"f:{length}")
+        for length in (7, 2, 5, 3, 4)
     ]
     assert make_probe(policy, examples).rows == [([9] * length, [2, 3]) for length in (2, 3, 4, 5)]
 
 
 def test_a_long_row_is_cut_around_the_border(policy) -> None:
     prompt, response = list(range(10, 210)), list(range(20, 220))
-    (row,) = make_probe(policy, [TokenizedExample(prompt, [response, [1]], [(0, 1)], "f:1")]).rows
+    (row,) = make_probe(policy, [TokenizedExample(prompt, [response, [1]], (Pair(0, 1),), "f:1")]).rows
     assert row == (prompt[-128:], response[:128])
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Pair
 from prefkit.data.packing import Layout, pack
 from prefkit.model.errors import ModelError
 from prefkit.model.policy import response_logps
@@ -46,7 +47,7 @@ class Counted:
 
     def logps(self, model: nn.Module | None, batch: dict[str, Any]) -> ResponseLogps:
         self.asked.append(batch["rows"])
-        return sum_by_response(-batch["target"].float(), batch["owner"], batch["pairs"].numel())
+        return sum_by_response(-batch["target"].float(), batch["owner"], batch["num_responses"])
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_the_cache_is_below_cache_dir_or_where_the_users_caches_are(
     assert cache_root("~/models") == tmp_path / "models" / "prefkit-reference"
 
 
-BASE = TokenizedExample([3, 9, 20], [[5, 6, 7], [8, 9]], [(0, 1)], "f:1")
+BASE = TokenizedExample([3, 9, 20], [[5, 6, 7], [8, 9]], (Pair(0, 1),), "f:1")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_a_cached_reference_says_what_it_was_told() -> None:
     assert (cached.describe(), cached.is_initial_policy) == ("base, cached", False)
 
 
-FOURTH = TokenizedExample([60, 61], [[62, 63, 64, 65], [66, 67, 68, 69, 70]], [(0, 1)], "f:4")
+FOURTH = TokenizedExample([60, 61], [[62, 63, 64, 65], [66, 67, 68, 69, 70]], (Pair(0, 1),), "f:4")
 
 
 @pytest.mark.parametrize(

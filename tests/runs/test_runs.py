@@ -10,7 +10,7 @@ import pytest
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
-from prefkit.data.sources import Ledger
+from prefkit.data.ledger import Ledger, data_report
 from prefkit.runs.plots import plot_curves
 from prefkit.runs.record import changed_keys, read_record, write_record
 from prefkit.runs.report import make_console, print_ledger
@@ -68,11 +68,18 @@ def test_samples(tmp_path: Path) -> None:
 
 
 def test_the_ledger_table_adds_up() -> None:
-    ledger = Ledger("d", "d.json", "0" * 64, num_rows=10, not_sampled=3, truncated=2, used=5)
-    ledger.rejected["empty response"] += 2
+    ledger = Ledger("d", ("d.json",), "0" * 64, num_rows=10, trained=4, held_out=1, pairs=6, held_out_pairs=1)
+    ledger.not_sampled["max_samples"] += 3
+    ledger.reject("d.json:2", "empty response")
+    ledger.reject("d.json:3", "empty response")
     console = make_console(io.StringIO())
-    print_ledger(console, [ledger], 4, 1)
+    print_ledger(console, [ledger])
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "d: 2 rejected: empty response." in printed
-    assert "4 pairs to train on, 1 held out." in printed
-    assert ledger.num_rows == ledger.not_sampled + ledger.rejected.total() + ledger.used
+    assert "d: 3 not sampled: max_samples." in printed
+    assert "6 pairs to train on, 1 held out." in printed
+    assert ledger.is_balanced
+    totals = data_report([ledger])["totals"]
+    assert (
+        totals["rows"] == totals["trained"] + totals["held_out"] + totals["not_sampled"] + totals["rejected"]
+    )

@@ -50,6 +50,7 @@ def test_a_run_leaves_its_files(write_config, tmp_path: Path, tiny_model: Path) 
         "samples.jsonl",
         "config.yaml",
         "prefkit.json",
+        "data_report.json",
         "checkpoint-2",
         "checkpoint-4",
     }
