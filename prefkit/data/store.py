@@ -145,7 +145,7 @@ class RowWriter:
         if self._rows:
             self._write()
         self._writer.close()
-        for name, content in ((LEDGER, asdict(ledger)), (FACTS, facts)):
+        for name, content in ((LEDGER, vars(ledger)), (FACTS, facts)):
             (self._scratch / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         self._scratch.chmod(0o755)
         if self.folder.exists():

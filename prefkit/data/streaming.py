@@ -44,7 +44,8 @@ class StreamedRows(IterableDataset[TokenizedExample]):
         self.held_out = frozenset(held_out)
         self.splits = splits
         self.ledgers = self._new_ledgers()
-        self._given: deque[tuple[int, int, bool]] = deque(maxlen=65_536)
+        # What the newest examples added to the ledgers: the data set, and what to take back from which field.
+        self._given: deque[tuple[int, dict[str, int]]] = deque(maxlen=65_536)
         self._num_given = 0
 
     def _new_ledgers(self) -> list[Ledger]:
@@ -110,15 +111,14 @@ class StreamedRows(IterableDataset[TokenizedExample]):
         yield from (waiting[i] for i in order)
 
     def _count(self, which: int, example: TokenizedExample, is_new_row: bool, repeats: bool) -> None:
-        ledger = self.ledgers[which]
+        added = {"repeats": int(is_new_row)}
+        if not repeats:
+            truncated = is_new_row and example.truncated
+            added = {"trained": int(is_new_row), "truncated": int(truncated), "pairs": len(example.pairs)}
         self._num_given += 1
-        if repeats:
-            ledger.repeats += is_new_row
-            return
-        ledger.trained += is_new_row
-        ledger.truncated += is_new_row and example.truncated
-        ledger.pairs += len(example.pairs)
-        self._given.append((which, len(example.pairs), is_new_row and example.truncated))
+        self._given.append((which, added))
+        for name, number in added.items():
+            setattr(self.ledgers[which], name, getattr(self.ledgers[which], name) + number)
 
     def settle(self, num_trained: int) -> list[Ledger]:
         """The ledgers of a stream of which `num_trained` examples were trained on.
@@ -129,10 +129,9 @@ class StreamedRows(IterableDataset[TokenizedExample]):
         for _ in range(max(self._num_given - num_trained, 0)):
             if not self._given:
                 break
-            which, num_pairs, truncated = self._given.pop()
-            self.ledgers[which].trained -= 1
-            self.ledgers[which].pairs -= num_pairs
-            self.ledgers[which].truncated -= truncated
+            which, added = self._given.pop()
+            for name, number in added.items():
+                setattr(self.ledgers[which], name, getattr(self.ledgers[which], name) - number)
         for ledger in self.ledgers:
             counted = ledger.trained + ledger.held_out + ledger.rejected.total() + ledger.not_sampled.total()
             if waiting := ledger.num_rows - counted:

@@ -225,7 +225,7 @@ def test_the_hub_through_a_local_stand_in(folder: Path, load, monkeypatch: pytes
     hub = {"hf_hub_url": "someone/pairs", "folder": "part", "ranking": True}
     info = {"d": {**hub, "split": "test"}, "e": hub}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    examples, ledger = load()
+    examples, _ = load()
     assert [example.prompt[0].content for example in examples] == ["held"]
     assert examples[0].source == "someone/pairs:1"
     assert load("e")[0][0].prompt[0].content == "seen"
