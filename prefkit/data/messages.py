@@ -111,9 +111,9 @@ def _read_role(written: object, tags: Mapping[str, str], where: str) -> Role:
         tags["observation_tag"]: "tool",
         tags["function_tag"]: "assistant",
     }
-    role = roles.get(written) if isinstance(written, str) else None
-    if role is None and written in _SYNONYMS:
-        role = roles[tags[_SYNONYMS[str(written)]]]
+    role = None
+    if isinstance(written, str):
+        role = roles.get(written) or roles.get(tags.get(_SYNONYMS.get(written, ""), ""))
     if role is None:
         raise RowError(f"{where}: unknown role {written!r}; known: {', '.join(roles)}", "unknown role")
     return role
