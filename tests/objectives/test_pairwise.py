@@ -297,3 +297,11 @@ def test_losses_without_reference_ignore_it(name):
     loss = LOSSES[name]
     assert not loss.needs_reference
     assert loss.fn(policy, **NUMBERS[name]).equal(loss.fn(policy, make_pairs(REFERENCE), **NUMBERS[name]))
+
+
+def test_an_offset_is_a_lead_that_does_not_count():
+    """ODPO: -log s(0.1 * margin - offset), margins 5 and -3."""
+    policy, reference = make_pairs(POLICY), make_pairs(REFERENCE)
+    found = pairwise.sigmoid_loss(policy, reference, beta=0.1, offset=torch.tensor([0.5, -0.3]).double())
+    assert found.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert LOSSES["sigmoid"].takes_offset and not LOSSES["hinge"].takes_offset

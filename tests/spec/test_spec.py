@@ -99,7 +99,7 @@ def test_inline_samples_load_and_train(name: str, tmp_path: Path, tiny_model: Pa
     entry = {"file_name": name, "ranking": True, "formatting": "sharegpt" if "share" in name else "alpaca"}
     (data / "dataset_info.json").write_text(json.dumps({"dpo_en_demo": entry}))
     _, printed = run(write("dpo.yaml", tmp_path), tiny_model, f"dataset_dir={data}")
-    assert "1 pairs to train on" in printed
+    assert "1 pair to train on" in printed
 
 
 @pytest.mark.parametrize("name", REFUSED)

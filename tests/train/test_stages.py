@@ -16,7 +16,12 @@ from prefkit.train.stages import DpoStage
 OWNER = torch.tensor([0, 0, 1, 2, 3, 3, 3])
 POLICY = torch.tensor([-1.0, -2.0, -5.0, -1.0, -1.0, -2.0, -3.0])
 REFERENCE = torch.tensor([-2.0, -2.0, -4.0, -2.0, -1.0, -1.0, -2.0])
-BATCH: dict[str, Any] = {"pairs": torch.tensor([[0, 1], [2, 3]]), "rows": ("f:1", "f:2")}
+BATCH: dict[str, Any] = {
+    "pairs": torch.tensor([[0, 1], [2, 3]]),
+    "margins": torch.zeros(2),
+    "weights": torch.ones(2),
+    "rows": ("f:1", "f:2"),
+}
 
 
 class GivenReference:
