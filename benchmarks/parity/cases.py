@@ -45,7 +45,8 @@ TOKENS: dict[str, dict[str, Any]] = {
         ),
     },
     "phi4": {
-        "bos": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "special": (*IM, "<|im_sep|>"),
+        **dict.fromkeys(("bos", "eos", "pad"), "<|endoftext|>"),
+        "special": (*IM, "<|im_sep|>"),
     },
     **dict.fromkeys(("deepseek3", "deepseekr1"), DEEPSEEK),
     "glm4": {
@@ -125,7 +126,11 @@ WEATHER = {
 }
 CLOCK = {
     "type": "function",
-    "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object", "properties": {}}},
+    "function": {
+        "name": "clock",
+        "description": "The time.",
+        "parameters": {"type": "object", "properties": {}},
+    },
 }
 ASK = user("Is it warm?")
 WARM = ("weather", {"city": "Malmö", "hours": [1, 2], "note": 'say "hi"', "deep": {"a": None, "b": True}})
@@ -136,7 +141,9 @@ TOOLS = {"tools": [WEATHER, CLOCK]}
 THOUGHT, PLAIN = [assistant(thought("new", "yes"))], [assistant("yes")]
 
 
-def case(prompt: list[dict[str, Any]], responses: list[dict[str, Any]] = PLAIN, **more: Any) -> dict[str, Any]:
+def case(
+    prompt: list[dict[str, Any]], responses: list[dict[str, Any]] = PLAIN, **more: Any
+) -> dict[str, Any]:
     """`options` are default_system, tool_format, enable_thinking and preserve_thinking."""
     tools = more.pop("tools", [])
     return {"prompt": prompt, "responses": responses, "tools": tools, "options": more}
@@ -145,7 +152,7 @@ def case(prompt: list[dict[str, Any]], responses: list[dict[str, Any]] = PLAIN, 
 CASES: dict[str, dict[str, Any]] = {
     "single": case([ASK]),
     "system": case([system("Be brief."), ASK]),
-    "default_system": case([ASK], default_system="Be\n\"kind\" & it's fine."),
+    "default_system": case([ASK], default_system='Be\n"kind" & it\'s fine.'),
     "default_system and system": case([system("Be brief."), ASK], default_system="Be kind."),
     "no default_system": case([ASK], default_system=""),
     "turns": case([system("S"), user("q1"), assistant("a1"), user("q2"), assistant("a2"), ASK]),

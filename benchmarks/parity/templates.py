@@ -55,7 +55,12 @@ def messages_of(turns: list[dict[str, Any]], thought_words: tuple[str, str]) -> 
 
 def encoded(family: str, case: dict[str, Any]) -> dict[str, Any]:
     """Text and hash of the ids of prompt and responses, as for a pair: the prompt is that of the first."""
-    options = {"default_system": None, "tool_format": None, "enable_thinking": True, "preserve_thinking": False}
+    options = {
+        "default_system": None,
+        "tool_format": None,
+        "enable_thinking": True,
+        "preserve_thinking": False,
+    }
     arguments = SimpleNamespace(template=family, train_on_prompt=False, **(options | case["options"]))
     tokenizer = stand_in(family)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)

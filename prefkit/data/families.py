@@ -111,8 +111,8 @@ def _advice(facts: dict[str, str]) -> str:
     )
     if "plain" in facts:
         advice = (
-            "It writes no control tokens. Models of such a form often have no chat template of their own, and "
-            "leaving `template` out is an error then; where one has, the two need not write the same."
+            "It writes no control tokens. Models of such a form often have no chat template of their own: "
+            "leaving `template` out is then an error; where one has, the two need not write the same."
         )
     if "system" in facts:
         advice += (

@@ -86,23 +86,15 @@ class ChatTemplate:
         self.default_system = default_system
         self.enable_thinking = enable_thinking
         self.preserve_thinking = preserve_thinking
-        self.name, self.family = (None, None) if name is None else read_family(name)
-        self._source = _own_source(tokenizer, tool_format) if self.name is None else ""
-        if self.name and self.family:
+        self.name: str | None = None
+        self.family: Family | None = None
+        if name is None:
+            self._source = _own_source(tokenizer, tool_format)
+        else:
+            self.name, self.family = read_family(name)
             _check_tokens(tokenizer, self.name, self.family)
             self._source = read_source(self.name, tool_format)
-        added = {str(token): (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
-        self._special_ids = {
-            text: number
-            for text, (number, token) in added.items()
-            if token.special or text in tokenizer.all_special_tokens
-        }
-        control = self.family.control if self.family else ()
-        steering = [
-            text
-            for text in added
-            if text not in self._special_ids and (_STEERS.fullmatch(text) or text in control)
-        ]
+        self._special_ids, steering = _control_tokens(tokenizer, self.family)
         self._special, self._steering = _any_of(self._special_ids), _any_of(steering)
 
     @property
@@ -187,7 +179,7 @@ class ChatTemplate:
         conversation: list[dict[str, Any]] = []
         waiting: list[dict[str, Any]] = []
         for turn, message in enumerate(messages):
-            entry = {"role": message.role, "content": self._content(message)}
+            entry: dict[str, Any] = {"role": message.role, "content": self._content(message)}
             if message.calls:
                 entry["tool_calls"] = waiting = [
                     {
@@ -209,10 +201,8 @@ class ChatTemplate:
         if message.role != "assistant" or not has_thought(message.content):
             return str(self._guarded(message.content))
         thought, _, answer = message.content.partition("</think>")
-        start, opening, thought = (
-            ("", "", thought) if "<think>" not in thought else thought.partition("<think>")
-        )
-        return f"{start}{opening}{self._guarded(thought)}</think>{self._guarded(answer)}"
+        before, opening, thought = thought.partition("<think>")
+        return f"{self._guarded(before)}{opening}{self._guarded(thought)}</think>{self._guarded(answer)}"
 
     def _guarded(self, value: Any) -> Any:
         """The value with the control tokens in its texts made harmless."""
@@ -269,6 +259,21 @@ class ChatTemplate:
             elif piece:
                 plain = piece.replace(_GUARD, "")
                 yield from self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
+
+
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, family: Family | None
+) -> tuple[dict[str, int], list[str]]:
+    """The special tokens with their ids, and others that steer the model or that its family writes."""
+    special: dict[str, int] = {}
+    steering: list[str] = []
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = str(token)
+        if token.special or text in tokenizer.all_special_tokens:
+            special[text] = number
+        elif _STEERS.fullmatch(text) or (family and text in family.control):
+            steering.append(text)
+    return special, steering
 
 
 def _any_of(tokens: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:

@@ -6,8 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from prefkit.data.examples import Message
-from prefkit.data.formats import Degenerate
 from prefkit.data.families import TemplateError
+from prefkit.data.formats import Degenerate
 from prefkit.data.template import ChatTemplate
 from tests.conftest import make_tokenizer
 
