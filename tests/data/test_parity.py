@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,19 @@ def test_every_named_template_was_compared() -> None:
     assert list(PINNED["templates"]) == list(TOKENS)
     assert set(TOKENS) == set(FAMILIES)
     assert PINNED["program"] == "llamafactory 0.9.5"
+
+
+def test_the_table_of_the_docs() -> None:
+    """docs/templates.md lists what was compared, as the code has it."""
+    text = (FOLDER.parents[1] / "docs" / "templates.md").read_text(encoding="utf-8").replace("\\|", "|")
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| `.*\| yes \|$", text, re.MULTILINE)]
+    listed = {re.findall(r"`([^`]+)`", row[0])[0]: [cell.strip("` ") for cell in row[1:]] for row in rows}
+    expected = {}
+    for name, family in FAMILIES.items():
+        stops = "`, `".join(family.stops)
+        thinks = "yes" if family.thinks else ""
+        expected[name] = [family.models, family.ends or "the end token", stops, thinks, family.tools, "yes"]
+    assert listed == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
