@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from prefkit.config.schema import KEYS
+from prefkit.config.schema import KEYS, DataConfig
 from prefkit.data import families
 from prefkit.data.examples import Message, ToolCall
 from prefkit.data.families import ALIASES, FAMILIES, TemplateError, read_family
 from prefkit.data.formats import Degenerate
-from prefkit.data.template import ChatTemplate, ConversationRefused, has_thought
+from prefkit.data.template import ChatTemplate, ConversationRefused, has_thought, make_template
 from tests.conftest import make_tokenizer
 
 SYSTEM, USER = Message("system", "S"), Message("user", "Q")
@@ -174,6 +174,20 @@ def test_every_other_template_of_llama_factory_has_advice() -> None:
 
 def test_an_alias() -> None:
     assert read_family("qwen2.5") == read_family("qwen")
+
+
+def test_the_keys_reach_the_template() -> None:
+    tokenizer = make_tokenizer()
+    keys = {"template": "qwen2.5", "tool_format": "default", "default_system": "D", "preserve_thinking": True}
+    template = make_template(tokenizer, DataConfig(**keys, enable_thinking=None))
+    assert (template.name, template.default_system, template.enable_thinking) == ("qwen", "D", None)
+    assert template.preserve_thinking
+    text = tokenizer.decode(template.encode([USER], [], [SCHEMA])[0])
+    assert text.startswith("<|im_start|>system\nDYou have access to the following tools:\n> Tool Name: clock")
+    messages, tools = [{"role": "user", "content": "Q"}], [{"type": "function", "function": SCHEMA}]
+    assert text == tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=False
+    )
 
 
 def test_no_template_at_all() -> None:
