@@ -28,7 +28,8 @@ class Family:
 
     `control` are the tokens that the template writes, which must be tokens of the model; `ends` is the one
     of them that ends a turn and becomes the tokenizer's end token, None where the tokenizer's own does.
-    `stops` end an answer besides, where the tokenizer has them. `tools` is the tool format.
+    `stops` end an answer besides, where the tokenizer has them. `tools` is the tool format. With `media`,
+    `<image>` in a text stands for an image, which cannot be read yet.
     """
 
     models: str
@@ -37,6 +38,7 @@ class Family:
     stops: tuple[str, ...] = ()
     tools: str = "default"
     thinks: bool = False
+    media: bool = False
 
 
 _IM = ("<|im_start|>", "<|im_end|>")
@@ -47,9 +49,9 @@ FAMILIES = {
     "qwen": Family("Qwen 2.5", _IM, "<|im_end|>", tools="qwen"),
     "qwen3": Family("Qwen 3, thinking or both", _IM, "<|im_end|>", tools="qwen", thinks=True),
     "qwen3_nothink": Family("Qwen 3 Instruct 2507", _IM, "<|im_end|>", tools="qwen"),
-    "qwen2_vl": Family("Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen"),
-    "qwen3_vl": Family("Qwen 3 VL Thinking", _IM, "<|im_end|>", tools="qwen", thinks=True),
-    "qwen3_vl_nothink": Family("Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen"),
+    "qwen2_vl": Family("Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen", media=True),
+    "qwen3_vl": Family("Qwen 3 VL Thinking", _IM, "<|im_end|>", tools="qwen", thinks=True, media=True),
+    "qwen3_vl_nothink": Family("Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen", media=True),
     "chatml": Family("any with ChatML's tokens", _IM, "<|im_end|>", ("<|im_start|>",)),
     "llama2": Family("Llama 2 Chat"),
     "llama3": Family(
@@ -60,11 +62,16 @@ FAMILIES = {
         tools="llama3",
     ),
     "llama4": Family(
-        "Llama 4", ("<|header_start|>", "<|header_end|>", "<|eot|>"), "<|eot|>", ("<|eom|>",), tools="llama3"
+        "Llama 4",
+        ("<|header_start|>", "<|header_end|>", "<|eot|>"),
+        "<|eot|>",
+        ("<|eom|>",),
+        tools="llama3",
+        media=True,
     ),
     "gemma": Family("Gemma", _TURN, "<end_of_turn>"),
     "gemma2": Family("Gemma 2", _TURN, None, ("<end_of_turn>",)),
-    "gemma3": Family("Gemma 3", _TURN, "<end_of_turn>"),
+    "gemma3": Family("Gemma 3", _TURN, "<end_of_turn>", media=True),
     "mistral": Family("Mistral 7B v0.3 and its kin", tools="mistral"),
     "phi4": Family("Phi 4", ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), "<|im_end|>"),
     "deepseek3": Family("DeepSeek V2.5, V3", _DEEPSEEK),

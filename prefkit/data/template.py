@@ -32,6 +32,7 @@ _BORDER, _GUARD = "\ufdd0", "\ufdd1"
 _STEERS = re.compile(
     r"<[|｜].+[|｜]>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tools?|tool_\w+|arg_\w+|(?:start|end)_of_\w+)>"
 )
+_MEDIA = re.compile("<image>|<video>|<audio>")
 
 
 class ConversationRefused(TemplateError):
@@ -198,6 +199,11 @@ class ChatTemplate:
 
     def _content(self, message: Message) -> str:
         """The text of a message, guarded but for the marks around an assistant's own thought."""
+        if self.family and self.family.media and (placeholder := _MEDIA.search(message.content)):
+            raise ConversationRefused(
+                f"In template {self.name}, {placeholder[0]} stands for a file, which this version "
+                "cannot read."
+            )
         if message.role != "assistant" or not has_thought(message.content):
             return str(self._guarded(message.content))
         thought, _, answer = message.content.partition("</think>")

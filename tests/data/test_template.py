@@ -265,6 +265,14 @@ def test_a_template_that_raises_is_refused_with_its_words() -> None:
         ChatTemplate(make_tokenizer(), "chatml").encode([USER, SYSTEM], [])
 
 
+def test_a_placeholder_for_an_image_is_not_read_as_text() -> None:
+    look = [Message("user", "<image>What is it?")]
+    for name in (name for name, family in FAMILIES.items() if family.media and family.tools == "qwen"):
+        with pytest.raises(ConversationRefused, match=f"template {name}, <image> stands for a file"):
+            ChatTemplate(make_tokenizer(), name).encode(look, [])
+    assert "<image>What" in encode(make_tokenizer(), "qwen3", look)[0]
+
+
 def test_calls_and_results_have_ids_that_match() -> None:
     """Templates of Mistral's models want ids of nine letters and digits."""
     ids = "{% for m in messages %}{{ m.content }}{{ m.tool_call_id }}{% for c in m.tool_calls %}{{ c.id }}"
