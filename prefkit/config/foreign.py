@@ -62,7 +62,6 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
      {"packing": None, "neat_packing": False}),
     ("refuse", "a preference loss always reads whole responses and no prompt: remove the key",
      {"train_on_prompt": False, "mask_history": False, "use_dft_loss": False}),
-    ("refuse", "tool calls are not in this version: remove the key", {"tool_format": None}),
     ("ignore", "concerns speed or memory only",
      {"use_fast_tokenizer": True, "low_cpu_mem_usage": True, "use_unsloth": False,
       "use_unsloth_gc": False,

@@ -242,6 +242,15 @@ class DataConfig:
     default_system: str | None = key(
         None, "System message of rows without one; null takes the template's.", verbatim=True
     )
+    tool_format: str | None = key(
+        None,
+        "How functions are described and called in a named template; null takes the template's own way.",
+        choices=(
+            *("default", "qwen", "llama3", "mistral", "glm4", "glm4_moe", "qwen3_5", "seed_oss", "ling"),
+            *("minimax1", "minimax2", "lfm2"),
+        ),
+        later=("gemma4",),
+    )
     enable_thinking: bool | None = key(
         True,
         "Where a response has no thoughts, their empty block is scored (true), put into the prompt "

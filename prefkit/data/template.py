@@ -3,41 +3,40 @@
 A template is jinja: the model's own, or a named one from `templates/`. Prompt and response are encoded
 separately, so that no token spans the border. A named template may write `{{ border }}` wherever else
 the text is to be encoded in separate parts; elsewhere, as in a saved tokenizer, it renders as nothing.
+Tools and calls reach the template in the form that transformers' `apply_chat_template` documents.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkit.config.errors import UserError
+import jinja2
+
 from prefkit.config.schema import DataConfig
 from prefkit.data.examples import Message
+from prefkit.data.families import FAMILIES, Family, TemplateError, read_family, read_source
 from prefkit.data.formats import Degenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FOLDER = Path(__file__).parent / "templates"
-# Unicode noncharacters, which no text may contain: where encoding starts anew, and inside a control
+# Unicode noncharacters, which no text may contain: where encoding starts anew, and inside a special
 # token that the user typed, so that it stays plain text.
 _BORDER, _GUARD = "\ufdd0", "\ufdd1"
-
-# The tokens that a named template writes; the last one ends a turn. They must be tokens of the model.
-CONTROL_TOKENS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "default": (),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "qwen3": ("<|im_start|>", "<|im_end|>"),
-    "qwen3_nothink": ("<|im_start|>", "<|im_end|>"),
-}
+# Added tokens that are not marked as special though they steer a model: `<|user|>`, `[INST]`, `<think>`.
+# Others are mere text to their models, such as `<table>` or a run of spaces.
+_STEERS = re.compile(
+    r"<[|｜].+[|｜]>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tools?|tool_\w+|arg_\w+|(?:start|end)_of_\w+)>"
+)
+_MEDIA = re.compile("<image>|<video>|<audio>")
 
 
-class TemplateError(UserError):
-    """A template that does not exist or does not suit the model."""
+class ConversationRefused(TemplateError):
+    """The template cannot write this conversation: a system turn, tools or several calls, say."""
 
 
 def make_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatTemplate:
@@ -46,11 +45,19 @@ def make_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Cha
         tokenizer,
         config.template,
         default_system=config.default_system,
+        tool_format=config.tool_format,
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
     )
     template.install()
     return template
+
+
+def has_thought(content: str) -> bool:
+    """Whether an assistant's text starts with a thought, which `</think>` ends; some models are only given
+    its end, since their prompt has the `<think>`."""
+    head, end, _ = content.partition("</think>")
+    return bool(end) and (head.lstrip().startswith("<think>") or "<think>" not in head)
 
 
 class ChatTemplate:
@@ -59,7 +66,8 @@ class ChatTemplate:
     `name` is a named template or None for the tokenizer's own; `enable_thinking` true lets the model
     think (a response without a thought gets an empty, scored one), false puts the empty thought into the
     prompt, null does so unless a response has a thought of its own. `default_system` stands in where a
-    conversation has no system turn.
+    conversation has no system turn; an empty one takes away that of a named template. `tool_format` is
+    how a named template describes and calls functions, None for its own way.
 
     Raises `TemplateError` when the name is unknown, its control tokens are not tokens of the model, or
     there is no template at all.
@@ -71,29 +79,37 @@ class ChatTemplate:
         name: str | None = None,
         *,
         default_system: str | None = None,
+        tool_format: str | None = None,
         enable_thinking: bool | None = True,
         preserve_thinking: bool = False,
     ) -> None:
-        self.name = name
         self.tokenizer = tokenizer
         self.default_system = default_system
         self.enable_thinking = enable_thinking
         self.preserve_thinking = preserve_thinking
-        self._source = _load_source(tokenizer, name)
-        self._special_ids = {
-            str(token): number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special or str(token) in tokenizer.all_special_tokens
-        }
-        alternatives = "|".join(
-            re.escape(token) for token in sorted(self._special_ids, key=len, reverse=True)
-        )
-        self._special = re.compile(f"({alternatives})" if alternatives else "(?!)")
+        self.name: str | None = None
+        self.family: Family | None = None
+        if name is None:
+            self._source = _own_source(tokenizer, tool_format)
+        else:
+            self.name, self.family = read_family(name)
+            _check_tokens(tokenizer, self.name, self.family)
+            self._source = read_source(self.name, tool_format)
+        self._special_ids, steering = _control_tokens(tokenizer, self.family)
+        self._special, self._steering = _any_of(self._special_ids), _any_of(steering)
 
     @property
     def end_token(self) -> str | None:
         """The token that ends a turn, where the template is a named one that has its own."""
-        return CONTROL_TOKENS[self.name][-1] if self.name and CONTROL_TOKENS[self.name] else None
+        return self.family.ends if self.family else None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer besides the tokenizer's end token."""
+        vocabulary = self.tokenizer.get_vocab()
+        return (
+            [vocabulary[token] for token in self.family.stops if token in vocabulary] if self.family else []
+        )
 
     def install(self) -> None:
         """Make the tokenizer carry this template with its thinking mode and default system message, so
@@ -108,16 +124,18 @@ class ChatTemplate:
         """Jinja that sets what this template was told, where its reader says nothing."""
         flags = {"enable_thinking": bool(self.enable_thinking), "preserve_thinking": self.preserve_thinking}
         usual = {"enable_thinking": True, "preserve_thinking": False}
+        values = {name: str(value).lower() for name, value in flags.items() if value != usual[name]}
+        text = json.dumps(self.default_system, ensure_ascii=False)
+        if self.name and self.default_system is not None:
+            values["default_system"] = text
         lines = [
-            f"{{% if {name} is not defined %}}{{% set {name} = {str(value).lower()} %}}{{% endif %}}"
-            for name, value in flags.items()
-            if value != usual[name]
+            f"{{% if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
+            for name, value in values.items()
         ]
-        if self.default_system:
-            system = f"{{'role': 'system', 'content': {json.dumps(self.default_system, ensure_ascii=False)}}}"
+        if not self.name and self.default_system:
             lines.append(
                 "{% if messages[0]['role'] != 'system' %}"
-                f"{{% set messages = [{system}] + messages %}}{{% endif %}}"
+                f"{{% set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}"
             )
         return "".join(line for line in lines if line not in self._source)
 
@@ -126,59 +144,110 @@ class ChatTemplate:
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, up to where the assistant speaks, and of each response.
 
-        Raises `Degenerate` when the text contains Unicode noncharacters that mark borders here.
+        `tools` are JSON schemas of functions, bare or as `{"type": "function", "function": schema}`.
+        Raises `ConversationRefused`, and `Degenerate` when the text contains Unicode noncharacters that
+        mark borders here.
         """
-        messages = [self._guarded(message) for message in self._with_system(prompt)]
-        answers = [self._guarded(response) for response in responses]
         thinks = self.enable_thinking
         if thinks is None:
-            thinks = any("<think>" in answer["content"] for answer in answers)
-        opened = self._render(messages, thinks, add_generation_prompt=True)
-        full = [self._render([*messages, answer], thinks) for answer in answers]
-        start = self._response_start(opened, full, messages, thinks)
-        return self._ids(opened[:start]), [self._ids(text[start:]) for text in full]
-
-    def _response_start(
-        self, opened: str, full: list[str], messages: list[dict[str, str]], thinks: bool
-    ) -> int:
-        """Where the responses start: after what the template puts before any answer.
-
-        Some templates open an answer (with `<think>`, say) otherwise than they write one that is given:
-        then the answer starts where the two part, which must be after the prompt's last turn.
-        """
+            thinks = any(has_thought(response.content) for response in responses)
+        if not self.name and self.default_system and prompt[0].role != "system":
+            prompt = [Message("system", self.default_system), *prompt]
+        messages = self._conversation(prompt)
+        answers = [self._conversation([response])[0] for response in responses]
+        functions = self._guarded([_wrapped(tool) for tool in tools]) or None
+        opened = self._render(messages, functions, thinks, add_generation_prompt=True)
+        full = [self._render([*messages, answer], functions, thinks) for answer in answers]
         start = min((_common_length(opened, text) for text in full), default=len(opened))
-        if start < len(opened) and start < len(self._render(messages, thinks)):
+        # Some templates open an answer (with `<think>`, say) otherwise than they write one that is given:
+        # then the answer starts where the two part, which must be after the prompt's last turn.
+        if start < len(opened) and start < len(self._render(messages, functions, thinks)):
             raise TemplateError(
                 "The model's chat template rewrites the prompt when an answer follows; choose a named "
-                f"template ({', '.join(CONTROL_TOKENS)})."
+                f"template ({', '.join(FAMILIES)})."
             )
-        return start
+        if not self.name:
+            _check_written(opened, messages, functions or [])
+            for text, answer in zip(full, answers, strict=True):
+                _check_written(text[start:], [answer], [])
+        return self._ids(opened[:start]), [self._ids(text[start:]) for text in full]
 
-    def _with_system(self, prompt: Sequence[Message]) -> Sequence[Message]:
-        if self.default_system and prompt[0].role != "system":
-            return [Message("system", self.default_system), *prompt]
-        return prompt
+    def _conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages for jinja, control tokens in their text made harmless.
 
-    def _guarded(self, message: Message) -> dict[str, str]:
-        """The message for jinja, control tokens in its text made harmless."""
-        if _BORDER in message.content or _GUARD in message.content:
+        Calls and results have ids, since some models' templates insist on them.
+        """
+        conversation: list[dict[str, Any]] = []
+        waiting: list[dict[str, Any]] = []
+        for turn, message in enumerate(messages):
+            entry: dict[str, Any] = {"role": message.role, "content": self._content(message)}
+            if message.calls:
+                entry["tool_calls"] = waiting = [
+                    {
+                        "type": "function",
+                        "id": f"call{turn:03d}{number:02d}",
+                        "function": self._guarded({"name": call.name, "arguments": call.arguments}),
+                    }
+                    for number, call in enumerate(message.calls)
+                ]
+                waiting = list(waiting)
+            if message.role == "tool" and waiting:
+                call = waiting.pop(0)
+                entry |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+            conversation.append(entry)
+        return conversation
+
+    def _content(self, message: Message) -> str:
+        """The text of a message, guarded but for the marks around an assistant's own thought."""
+        if self.family and self.family.media and (placeholder := _MEDIA.search(message.content)):
+            raise ConversationRefused(
+                f"In template {self.name}, {placeholder[0]} stands for a file, which this version "
+                "cannot read."
+            )
+        if message.role != "assistant" or not has_thought(message.content):
+            return str(self._guarded(message.content))
+        thought, _, answer = message.content.partition("</think>")
+        before, opening, thought = thought.partition("<think>")
+        return f"{self._guarded(before)}{opening}{self._guarded(thought)}</think>{self._guarded(answer)}"
+
+    def _guarded(self, value: Any) -> Any:
+        """The value with the control tokens in its texts made harmless."""
+        if isinstance(value, Mapping):
+            return {self._guarded(name): self._guarded(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if _BORDER in value or _GUARD in value:
             raise Degenerate("text has the Unicode noncharacters U+FDD0 or U+FDD1")
-        content = self._special.sub(lambda match: match[0][0] + _GUARD + match[0][1:], message.content)
-        return {"role": message.role, "content": content}
+        value = self._special.sub(lambda match: match[0][0] + _GUARD + match[0][1:], value)
+        # A tokenizer that is told to read special tokens as text still finds these: they are cut in two.
+        return self._steering.sub(lambda match: match[0][0] + _BORDER + match[0][1:], value)
 
     def _render(
-        self, messages: list[dict[str, str]], thinks: bool, add_generation_prompt: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        thinks: bool,
+        add_generation_prompt: bool = False,
     ) -> str:
         variables: dict[str, Any] = {"enable_thinking": thinks, "preserve_thinking": self.preserve_thinking}
         if self.name:
             variables["border"] = _BORDER
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._source,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **variables,
-        )
+            if self.default_system is not None:
+                variables["default_system"] = self._guarded(self.default_system)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,  # type: ignore[arg-type]
+                chat_template=self._source,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **variables,
+            )
+        except jinja2.TemplateError as error:
+            owner = f"chat template {self.name}" if self.name else "model's chat template"
+            raise ConversationRefused(f"The {owner} refuses this conversation: {error}") from error
         assert isinstance(text, str)
         return text
 
@@ -198,6 +267,31 @@ class ChatTemplate:
                 yield from self.tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
 
 
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, family: Family | None
+) -> tuple[dict[str, int], list[str]]:
+    """The special tokens with their ids, and others that steer the model or that its family writes."""
+    special: dict[str, int] = {}
+    steering: list[str] = []
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = str(token)
+        if token.special or text in tokenizer.all_special_tokens:
+            special[text] = number
+        elif _STEERS.fullmatch(text) or (family and text in family.control):
+            steering.append(text)
+    return special, steering
+
+
+def _any_of(tokens: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:
+    """Matches each of the tokens, the longest first."""
+    alternatives = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({alternatives})" if alternatives else "(?!)")
+
+
+def _wrapped(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    return tool if tool.get("type") == "function" else {"type": "function", "function": tool}
+
+
 def _common_length(one: str, other: str) -> int:
     """How many leading characters two texts share."""
     return next(
@@ -205,25 +299,46 @@ def _common_length(one: str, other: str) -> int:
     )
 
 
-def _load_source(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """The jinja text of a named template, or of the tokenizer's own."""
-    if name is None:
-        if not isinstance(tokenizer.chat_template, str):
-            raise TemplateError(
-                f"{tokenizer.name_or_path} has no chat template of its own: "
-                f"set `template` to one of {', '.join(CONTROL_TOKENS)}."
-            )
-        return tokenizer.chat_template
-    if name not in CONTROL_TOKENS:
+def _own_source(tokenizer: PreTrainedTokenizerBase, tool_format: str | None) -> str:
+    """The tokenizer's own jinja."""
+    if tool_format:
         raise TemplateError(
-            f"template: unknown template {name!r}; known: {', '.join(CONTROL_TOKENS)}. "
-            "Without the key, the model's own chat template is used."
+            "tool_format changes a named template; the model's own is used here: set `template` too, or "
+            "remove the key."
         )
+    if not isinstance(tokenizer.chat_template, str):
+        raise TemplateError(
+            f"{tokenizer.name_or_path} has no chat template of its own: "
+            f"set `template` to one of {', '.join(FAMILIES)}."
+        )
+    return tokenizer.chat_template
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str, family: Family) -> None:
     vocabulary = tokenizer.get_vocab()
-    absent = [token for token in CONTROL_TOKENS[name] if token not in vocabulary]
+    absent = [token for token in family.control if token not in vocabulary]
     if absent:
         raise TemplateError(
             f"template: {name} writes {' and '.join(absent)}, no tokens of {tokenizer.name_or_path}. "
             "Without the key, the model's own chat template is used."
         )
-    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _check_written(text: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    """Refuse a model's own template that leaves out what the conversation has."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    # A description and each call has the function's name once at least.
+    names = Counter(entry["function"].get("name", "") for entry in (*tools, *calls))
+    told = [message["content"].strip() for message in messages if message["role"] in ("system", "tool")]
+    for what, is_absent in {
+        "functions or calls of them": any(text.count(name) < number for name, number in names.items()),
+        "the system message or what a function returned": any(
+            content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text
+            for content in told
+        ),
+    }.items():
+        if is_absent:
+            raise ConversationRefused(
+                f"The model's own chat template leaves out {what}: set `template` to a named one "
+                "(docs/templates.md)."
+            )

@@ -59,5 +59,5 @@ def generate_responses(
 def stop_ids(model: PreTrainedModel | PeftModel, template: ChatTemplate) -> list[int]:
     """Tokens that end a response: the template's, the tokenizer's and the model's own."""
     own = base_of(model).generation_config.eos_token_id
-    ids = {template.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ids = {template.tokenizer.eos_token_id, *template.stop_ids, *(own if isinstance(own, list) else [own])}
     return sorted(i for i in ids if i is not None)

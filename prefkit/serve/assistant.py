@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import jinja2
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -207,8 +206,6 @@ def _encode(assistant: Assistant, messages: Sequence[Message]) -> list[int]:
         raise UserError("A message has half a surrogate pair, which is no text.") from error
     except Degenerate as error:
         raise UserError(f"A message cannot be encoded: {error}.") from error
-    except jinja2.TemplateError as error:
-        raise UserError(f"The model's chat template refuses this conversation: {error}") from error
 
 
 def before_stop(pieces: Iterator[str], stop_strings: Sequence[str], found: threading.Event) -> Iterator[str]:

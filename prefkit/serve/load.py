@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefkit.serve.assistant import Assistant
 
 # What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
-_TEMPLATE = ("template", "default_system", "enable_thinking", "preserve_thinking")
+_TEMPLATE = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
 _ADAPTED = ("rope_scaling", "cutoff_len", "add_tokens", "add_special_tokens", "resize_vocab")
 
 
@@ -82,7 +82,8 @@ def _usage(folder: Path) -> dict[str, Any]:
         values = config.to_yaml_dict()
         return {name: values[name] for name in names}
     record = read_record(folder)
-    return {name: record["usage"][name] for name in _TEMPLATE} if record and "usage" in record else {}
+    usage = record.get("usage", {}) if record else {}
+    return {name: usage[name] for name in _TEMPLATE if name in usage}
 
 
 def usage_of(config: UseConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ PINNED = {
     },
     "data": {
         "template": None, "dataset": (), "eval_dataset": (), "dataset_dir": "data", "cutoff_len": 2048,
-        "max_samples": None, "val_size": 0.0, "default_system": None, "enable_thinking": True,
-        "preserve_thinking": False, "disable_shuffling": False,
+        "max_samples": None, "val_size": 0.0, "default_system": None, "tool_format": None,
+        "enable_thinking": True, "preserve_thinking": False, "disable_shuffling": False,
     },
     "method": {
         "stage": REQUIRED, "pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from prefkit.data.examples import Message
+from prefkit.config.schema import KEYS, DataConfig
+from prefkit.data import families
+from prefkit.data.examples import Message, ToolCall
+from prefkit.data.families import ALIASES, FAMILIES, TemplateError, read_family
 from prefkit.data.formats import Degenerate
-from prefkit.data.template import CONTROL_TOKENS, ChatTemplate, TemplateError
+from prefkit.data.template import ChatTemplate, ConversationRefused, has_thought, make_template
 from tests.conftest import make_tokenizer
 
 SYSTEM, USER = Message("system", "S"), Message("user", "Q")
@@ -80,7 +87,7 @@ def test_default_system(tokenizer) -> None:
     assert encode(tokenizer, "chatml", TURNS, default_system="D")[0] == CHATML
 
 
-@pytest.mark.parametrize("name", [None, *CONTROL_TOKENS])
+@pytest.mark.parametrize("name", [None, "chatml", "default", "llama3", "qwen3", "qwen3_nothink"])
 def test_user_text_never_becomes_a_control_token(
     tokenizer: PreTrainedTokenizerFast, name: str | None
 ) -> None:
@@ -131,13 +138,195 @@ def test_install_makes_the_tokenizer_carry_the_template(tokenizer) -> None:
     assert text == LLAMA3
 
 
-def test_unknown_names_and_missing_tokens(tokenizer) -> None:
-    with pytest.raises(TemplateError, match="unknown template 'qwen9'; known: chatml, default"):
-        ChatTemplate(tokenizer, "qwen9")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen9", "unknown template 'qwen9'; did you mean qwen?"),
+        ("lama3", "unknown template 'lama3'; did you mean llama3?"),
+        ("zzz", "unknown template 'zzz'; known: qwen, qwen3"),
+        ("qwen2_omni", "write `template: qwen2_vl`. Images, sound and video are not read"),
+        (
+            "yi",
+            "Leave `template` out and the model's own chat template is used; whether the two write the same",
+        ),
+        ("smollm2", "It put a system message of its own where a row had none"),
+        (
+            "falcon",
+            "It writes no control tokens. Models of such a form often have no chat template of their own",
+        ),
+        ("glm4_7", "It put an empty thought where an answer had none"),
+    ],
+)
+def test_other_names(tokenizer, name: str, message: str) -> None:
+    with pytest.raises(TemplateError, match=re.escape(message)):
+        ChatTemplate(tokenizer, name)
+
+
+def test_every_other_template_of_llama_factory_has_advice() -> None:
+    others = json.loads((Path(families.__file__).parent / "templates" / "other.json").read_text())
+    assert others["program"] == "llamafactory 0.9.5"
+    names = others["templates"]
+    assert len(names) + len(FAMILIES) == 121 and not set(names) & {*FAMILIES, *ALIASES}
+    for name in names:
+        with pytest.raises(TemplateError, match=rf"{re.escape(name)} is not one of prefkit's\. (It|Leave)"):
+            read_family(name)
+
+
+def test_an_alias() -> None:
+    assert read_family("qwen2.5") == read_family("qwen")
+
+
+def test_the_keys_reach_the_template() -> None:
+    tokenizer = make_tokenizer()
+    keys = {"template": "qwen2.5", "tool_format": "default", "default_system": "D", "preserve_thinking": True}
+    template = make_template(tokenizer, DataConfig(**keys, enable_thinking=None))
+    assert (template.name, template.default_system, template.enable_thinking) == ("qwen", "D", None)
+    assert template.preserve_thinking
+    text = tokenizer.decode(template.encode([USER], [], [SCHEMA])[0])
+    assert text.startswith("<|im_start|>system\nDYou have access to the following tools:\n> Tool Name: clock")
+    messages, tools = [{"role": "user", "content": "Q"}], [{"type": "function", "function": SCHEMA}]
+    assert text == tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=False
+    )
+
+
+def test_no_template_at_all() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
     bare.chat_template = None
     with pytest.raises(TemplateError, match="no chat template of its own"):
         ChatTemplate(bare)
+
+
+def test_tool_formats_are_those_of_the_key(tokenizer) -> None:
+    folder = Path(families.__file__).parent / "templates" / "tools"
+    assert {file.stem for file in folder.iterdir()} == set(KEYS["tool_format"].choices)
+    assert {family.tools for family in FAMILIES.values()} < set(KEYS["tool_format"].choices)
+    with pytest.raises(TemplateError, match="set `template` too"):
+        ChatTemplate(tokenizer, None, tool_format="qwen")
+
+
+OWN = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SCHEMA = {"name": "clock", "description": "The time.", "parameters": {"type": "object", "properties": {}}}
+CALLED = [USER, Message("assistant", "", (ToolCall("clock", {"zone": "é"}),)), Message("tool", "noon")]
+
+
+def own(jinja: str) -> ChatTemplate:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = jinja
+    return ChatTemplate(tokenizer)
+
+
+def test_tools_reach_the_models_own_template() -> None:
+    template = own("{% if tools %}{{ tools | tojson }}{% endif %}" + OWN)
+    for tools in ([SCHEMA], [{"type": "function", "function": SCHEMA}]):
+        prompt, (answer,) = template.encode(CALLED, [CALLED[1]], tools)
+        text = template.tokenizer.decode(prompt)
+        assert text.startswith('[{"type": "function", "function": {"name": "clock", "description"')
+        call = '"function": {"name": "clock", "arguments": {"zone": "é"}}}'
+        assert call in text and call in template.tokenizer.decode(answer)
+        assert "tool\nnoon<|im_end|>" in text
+
+
+@pytest.mark.parametrize(
+    ("jinja", "prompt", "tools", "left_out"),
+    [
+        (OWN, [USER], [SCHEMA], "functions or calls"),
+        (OWN.replace("{{ c | tojson }}", ""), CALLED, [], "functions or calls"),
+        (
+            OWN.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"),
+            CALLED,
+            [],
+            "a function returned",
+        ),
+        ("{% set messages = messages[1:] %}" + OWN, TURNS, [], "the system message"),
+    ],
+)
+def test_what_the_models_own_template_leaves_out_is_refused(jinja, prompt, tools, left_out: str) -> None:
+    with pytest.raises(ConversationRefused, match=f"leaves out .*{left_out}.*set `template` to a named one"):
+        own(jinja).encode(prompt, answers("x"), tools)
+
+
+def test_a_call_that_the_models_own_template_leaves_out_of_the_answer() -> None:
+    with pytest.raises(ConversationRefused, match="functions or calls"):
+        own(OWN.replace("{{ c | tojson }}", "")).encode([USER], [CALLED[1]])
+
+
+def test_a_template_that_raises_is_refused_with_its_words() -> None:
+    with pytest.raises(
+        ConversationRefused, match="model's chat template refuses this conversation: no system"
+    ):
+        own("{{ raise_exception('no system') }}").encode([USER], [])
+    with pytest.raises(
+        ConversationRefused, match="template chatml refuses this conversation: a turn of role sys"
+    ):
+        ChatTemplate(make_tokenizer(), "chatml").encode([USER, SYSTEM], [])
+
+
+def test_a_placeholder_for_an_image_is_not_read_as_text() -> None:
+    look = [Message("user", "<image>What is it?")]
+    for name in (name for name, family in FAMILIES.items() if family.media and family.tools == "qwen"):
+        with pytest.raises(ConversationRefused, match=f"template {name}, <image> stands for a file"):
+            ChatTemplate(make_tokenizer(), name).encode(look, [])
+    assert "<image>What" in encode(make_tokenizer(), "qwen3", look)[0]
+
+
+def test_calls_and_results_have_ids_that_match() -> None:
+    """Templates of Mistral's models want ids of nine letters and digits."""
+    ids = "{% for m in messages %}{{ m.content }}{{ m.tool_call_id }}{% for c in m.tool_calls %}{{ c.id }}"
+    template = own(ids + "{{ c.function.name }}{% endfor %} {% endfor %}")
+    calls = (ToolCall("a", {}), ToolCall("b", {}))
+    prompt = [USER, Message("assistant", "", calls), Message("tool", "one"), Message("tool", "two")]
+    text = template.tokenizer.decode(template.encode(prompt, [])[0])
+    assert text == "Q call00100acall00101b onecall00100 twocall00101 "
+
+
+def test_an_empty_default_system_takes_the_templates_away(tokenizer) -> None:
+    assert encode(tokenizer, "qwen", [USER])[0].startswith("<|im_start|>system\nYou are Qwen")
+    assert encode(tokenizer, "qwen", [USER], default_system="")[0].startswith("<|im_start|>user\nQ")
+    saved = make_tokenizer()
+    ChatTemplate(saved, "qwen", default_system="").install()
+    text = saved.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+    assert text.startswith("<|im_start|>user")
+
+
+def test_what_ends_an_answer() -> None:
+    tokenizer = make_tokenizer()
+    chatml = ChatTemplate(tokenizer, "chatml")
+    assert (chatml.end_token, chatml.stop_ids) == ("<|im_end|>", [1])
+    # <|eom_id|> is no token of this model
+    assert (ChatTemplate(tokenizer, "llama3").end_token, ChatTemplate(tokenizer, "llama3").stop_ids) == (
+        "<|eot_id|>",
+        [],
+    )
+    assert (ChatTemplate(tokenizer, "default").end_token, ChatTemplate(tokenizer).stop_ids) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>\nhm\n</think>\n\nyes", True),
+        ("hm\n</think>\n\nyes", True),
+        ("Write <think> and </think> around it.", False),
+        ("The <think> tag", False),
+    ],
+)
+def test_has_thought(tokenizer, content: str, expected: bool) -> None:
+    assert has_thought(content) is expected
+    prompt = [Message("user", "q"), Message("assistant", content), USER]
+    text, (answer,) = encode(tokenizer, "qwen3", prompt, [content])
+    assert f"assistant\n{'yes' if expected else content}<|im_end|>" in text
+    assert answer == ("" if expected else EMPTY) + content + "<|im_end|>\n"
+
+
+def test_a_call_stands_under_what_is_said(tokenizer) -> None:
+    call = (ToolCall("clock", {}),)
+    written = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>\n'
+    for content, before in (("", ""), ("Let me look.", "Let me look.\n"), ("Look:\n", "Look:\n")):
+        _, (ids,) = ChatTemplate(tokenizer, "qwen").encode([USER], [Message("assistant", content, call)])
+        assert tokenizer.decode(ids) == before + written
 
 
 def test_control_tokens_must_be_tokens_of_the_model() -> None:

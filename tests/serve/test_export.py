@@ -70,6 +70,7 @@ def test_the_folder_has_all_that_a_reader_needs(write_config, tmp_path: Path) ->
     assert record["usage"] == {
         "template": "qwen3",
         "default_system": None,
+        "tool_format": None,
         "enable_thinking": False,
         "preserve_thinking": False,
     }

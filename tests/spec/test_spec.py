@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import ConfigError, load_config
-from prefkit.data.template import TemplateError
+from prefkit.data.template import ConversationRefused
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
 
@@ -108,9 +108,19 @@ def test_blocks_of_later_stages_are_refused_by_name(name: str, tmp_path: Path, t
         run(write(name, tmp_path), tiny_model)
 
 
-def test_the_multimodal_block_is_refused_by_its_template(tmp_path: Path, tiny_model: Path) -> None:
-    with pytest.raises(TemplateError, match="qwen3_vl_nothink"):
-        run(write("multimodal.yaml", tmp_path), tiny_model)
+def test_the_multimodal_block_is_refused_for_its_images(tmp_path: Path, tiny_model: Path) -> None:
+    row = {
+        "conversations": [{"from": "human", "value": "<image>What is it?"}],
+        "chosen": {"from": "gpt", "value": "A cat."},
+        "rejected": {"from": "gpt", "value": "A dog."},
+    }
+    (tmp_path / "demo.json").write_text(json.dumps([row]))
+    demo = {"file_name": "demo.json", "ranking": True, "formatting": "sharegpt"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mllm_dpo_demo": demo}))
+    with pytest.raises(
+        ConversationRefused, match="<image> stands for a file, which this version cannot read"
+    ):
+        run(write("multimodal.yaml", tmp_path), tiny_model, f"dataset_dir={tmp_path}")
 
 
 def test_the_deepspeed_block_runs_without_its_engine(tmp_path: Path, tiny_model: Path) -> None:
