@@ -24,7 +24,7 @@ from prefkit.data.mixing import sample_rows
 from prefkit.data.readers import DataError
 from prefkit.data.sources import DatasetEntry
 from prefkit.data.store import EncodedRows, RowWriter, folder_name, load_folder
-from prefkit.data.template import ChatTemplate
+from prefkit.data.template import ChatTemplate, ConversationRefused
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # (items, title) -> the items, shown as they go by
 Say = Callable[[str], None]
@@ -32,10 +32,11 @@ _CHUNK = 64  # rows that go to another process together
 
 
 class Rejected(NamedTuple):
-    """A row that can teach nothing, and why."""
+    """A row that can teach nothing, and why; or one that the template refuses, with its words for it."""
 
     source: str
     reason: str
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Encoder:
             return encode_example(example, self.template, self.config.cutoff_len, self.config.truncation)  # type: ignore[arg-type]
         except Degenerate as reason:
             return Rejected(example.source, str(reason))
+        except ConversationRefused as refusal:
+            return Rejected(example.source, "refused by the chat template", str(refusal))
 
     def encode_all(self, examples: Iterable[Example]) -> Iterator[TokenizedExample | Rejected]:
         """Each example in order, by as many processes as `preprocessing_num_workers` says."""
@@ -87,6 +90,7 @@ class Encoder:
             "seed": seed if entry.num_samples else None,
             "chat template": _hash(str(tokenizer.chat_template)),
             "enable_thinking": self.template.enable_thinking,
+            "tool_format": config.tool_format,
             "tokenizer": _hash(words + repr(sorted(tokenizer.special_tokens_map.items()))),
             "prefkit's own encoding": _code_hash(),
         }
@@ -166,7 +170,9 @@ class RowReader:
     def encoded(self, track: Track) -> Iterator[TokenizedExample]:
         """The rows that can be used. Raises `DataError` where a row stops the run."""
         for result in self.encoder.encode_all(self.examples(track)):
-            if isinstance(result, Rejected):
+            if isinstance(result, Rejected) and result.refusal:
+                self._reject_malformed(result.source, RowError(result.refusal, result.reason))
+            elif isinstance(result, Rejected):
                 self.reject(result.source, result.reason)
             elif self._is_repeated(result):
                 self.ledger.reject(result.source, "duplicated prompt")

@@ -16,6 +16,7 @@ from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
+from tests.conftest import make_tokenizer
 
 Load = Callable[..., RunData]
 
@@ -368,3 +369,25 @@ def test_a_ledger_explains_itself() -> None:
     ledger.reject("f:1", "empty response")
     ledger.not_sampled["max_samples"] += 2
     assert ledger.explain() == "d: 3 rows, 1 rejected: empty response, 2 not sampled: max_samples"
+
+
+def test_a_row_that_the_models_own_template_refuses_is_named(folder: Path, write_config) -> None:
+    """One that writes no system message would train without it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    register(folder, "systems", [pair(0), pair(1, system="Be kind.")])
+    for keys, expected in (({}, None), ({"on_bad_row": "skip"}, {"refused by the chat template": 1})):
+        file = write_config(dataset_dir=str(folder), dataset="systems", **keys)
+        config = load_config(file, []).config
+
+        def read(config: Any = config) -> RunData:
+            return load_data(config, ChatTemplate(tokenizer), 0, lambda text: None, lambda rows, title: rows)
+
+        if expected is None:
+            with pytest.raises(DataError, match=r"systems.jsonl:2: .*system"):
+                read()
+        else:
+            assert read().ledgers[0].rejected == expected
