@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import IO, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,10 +35,11 @@ def make_tracker(console: Console) -> Tracked:
 
 def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
     """What became of every row."""
-    table = Table(title="Rows", title_justify="left", title_style="bold")
-    table.add_column("data set")
-    for name in ("rows", "trained", "held out", "not sampled", "rejected", "truncated", "pairs"):
-        table.add_column(name, justify="right")
+    shape: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
+    table = Table(title="Rows", title_justify="left", title_style="bold", **shape)
+    table.add_column("data set", overflow="fold")
+    for name in ("rows", "trained", "held\nout", "not\nsampled", "rejected", "cut", "pairs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for ledger in ledgers:
         left_out = (ledger.not_sampled.total(), ledger.rejected.total())
         used = (ledger.truncated + ledger.held_out_truncated, ledger.pairs + ledger.held_out_pairs)
@@ -53,12 +55,12 @@ def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
             console.print(f"{ledger.name}: rows are repeated {ledger.repeats} times in an epoch.")
     console.print(
         f"{_count(sum(ledger.pairs for ledger in ledgers), 'pair')} to train on, "
-        f"{sum(ledger.held_out_pairs for ledger in ledgers)} held out."
+        f"{sum(ledger.held_out_pairs for ledger in ledgers):,} held out."
     )
 
 
 def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def print_files(console: Console, folder: Path, files: dict[str, str]) -> None:

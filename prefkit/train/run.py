@@ -258,10 +258,15 @@ class Run:
             "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
             "enable_thinking": self.config.data.enable_thinking,
+            "tool_format": self.config.data.tool_format,
             "reference": self.reference_name,
             "batch_layout": self.policy.layout,
             "trained_on": list(self.config.data.dataset),
             "data": [ledger.to_dict() for ledger in self.data.ledgers],
+            "pairs": {
+                "trained": sum(ledger.pairs for ledger in self.data.ledgers),
+                "held_out": sum(ledger.held_out_pairs for ledger in self.data.ledgers),
+            },
         }
         write_record(self.folder.path, self.config, facts)
         write_data_report(self.folder.path, self.data.ledgers)

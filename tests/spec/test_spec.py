@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import ConfigError, load_config
-from prefkit.data.template import ConversationRefused
+from prefkit.data.readers import DataError
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
 
@@ -117,9 +117,7 @@ def test_the_multimodal_block_is_refused_for_its_images(tmp_path: Path, tiny_mod
     (tmp_path / "demo.json").write_text(json.dumps([row]))
     demo = {"file_name": "demo.json", "ranking": True, "formatting": "sharegpt"}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mllm_dpo_demo": demo}))
-    with pytest.raises(
-        ConversationRefused, match="<image> stands for a file, which this version cannot read"
-    ):
+    with pytest.raises(DataError, match="<image> stands for a file, which this version cannot read"):
         run(write("multimodal.yaml", tmp_path), tiny_model, f"dataset_dir={tmp_path}")
 
 
