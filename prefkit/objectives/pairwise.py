@@ -54,8 +54,8 @@ def sigmoid_loss(
 
     -(1 - e) log s(beta * margin) - e log s(-beta * margin): Eq. 7 of https://arxiv.org/abs/2305.18290
     for e = 0, Eq. 3 of https://ericmitchell.ai/cdpo.pdf for e in (0, 0.5). ln 2 at the reference.
-    `offset` (M,) is the reward by which chosen is to lead, taken from beta * margin, as in Eq. 8 of
-    https://arxiv.org/abs/2402.10571 (ODPO).
+    `offset` (M,) is the reward by which chosen is to lead: it is taken from beta * margin, as in ODPO,
+    https://arxiv.org/abs/2402.10571.
     """
     logits = beta * margins(policy, reference) - offset
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
