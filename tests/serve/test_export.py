@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config import ConfigError
-from prefkit.config.checks import EXPORT
 from prefkit.config.errors import UserError
+from prefkit.config.uses import EXPORT
 from prefkit.model.errors import ModelError
 from prefkit.model.generate import generate_responses
 from prefkit.serve import export as export_module
