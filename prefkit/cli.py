@@ -151,6 +151,18 @@ def _sampling(config: UseConfig) -> Sampling:
 
 
 @app.command()
+def keys(
+    name: Annotated[
+        str, typer.Argument(help="A key, or a part of its name; none lists all.", show_default=False)
+    ] = "",
+) -> None:
+    """Say what a key of the YAML does: type, limits, default, and who reads it."""
+    from prefkit.config.describe import explain
+
+    print(explain(name))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(f"prefkit {__version__}")
