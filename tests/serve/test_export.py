@@ -86,6 +86,20 @@ def make_end_id(folder: Path) -> int:
     return int(AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>"))
 
 
+def test_export_device_is_where_adapters_are_merged(
+    write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    run(write_config())
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda: asked.append("asked") or torch.device("cpu")
+    )
+    write(tmp_path / "out", tmp_path / "one", "export_device=cpu")
+    assert not asked
+    write(tmp_path / "out", tmp_path / "other", "export_device=auto")
+    assert asked
+
+
 def test_files_are_no_larger_than_asked(
     write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
