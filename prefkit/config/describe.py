@@ -105,8 +105,8 @@ def _explain_one(name: str) -> str:
         facts = {
             "type": type_of(key),
             "default": "none: it must be given" if key.required else spell(key.default) or "null",
-            "read by": ", ".join(readers(key)),
-            "llamafactory": key.elsewhere,
+            "read by": "" if foreign else ", ".join(readers(key)),
+            "LLaMA-Factory": key.elsewhere,
             "not yet": ", ".join(key.later),
         }
         lines += [f"  {label:13} {value}" for label, value in facts.items() if value]
@@ -117,9 +117,9 @@ def _explain_one(name: str) -> str:
 
 def _verdict(foreign: Foreign) -> str:
     default = spell(foreign.default)
-    at = f"At its default ({default}) or off it" if default else "Where it is off it"
+    silent = f"At its default ({default}) it says nothing" if default else "Absent or off it says nothing"
     what = "is an error" if foreign.verdict == "refuse" else "is ignored with a warning"
-    return f"{at} says nothing; otherwise it {what}: {foreign.hint}."
+    return f"{silent}; otherwise it {what}: {foreign.hint}."
 
 
 def _wrap(text: str) -> Iterable[str]:

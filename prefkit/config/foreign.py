@@ -25,7 +25,8 @@ class Foreign(NamedTuple):
         """Whether the value asks for nothing: the default, null, or false, zero or empty where the default is
         not true."""
         value = bool(value) if isinstance(value, YesNo) else value
-        return value is None or value == self.default or (not value and self.default is not True)
+        is_default = value == self.default and isinstance(value, bool) is isinstance(self.default, bool)
+        return value is None or is_default or (not value and self.default is not True)
 
 
 _SECRET = "a secret belongs into the environment, never into a config: set "
