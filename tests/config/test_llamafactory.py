@@ -1,10 +1,15 @@
 """Each rule of LLaMA-Factory across keys: a row here, a key that is refused, or lifted with the reason."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from prefkit.config.checks import ERRORS
 from prefkit.config.foreign import FOREIGN
 from prefkit.config.schema import KEYS
+from prefkit.config.source import read_scalar
+from prefkit.config.values import convert
 
 # What is not allowed there -> the rows that say so here.
 ROWS = {
@@ -77,3 +82,14 @@ def test_rows_and_refused_keys_are_there():
 def test_what_is_not_a_row_has_a_reason(rule):
     assert (LIFTED | LATER)[rule]
     assert rule not in ROWS and rule not in REFUSED
+
+
+def test_the_page_names_keys_that_are_there_and_values_that_they_take():
+    page = (Path(__file__).parents[2] / "docs" / "from-llamafactory.md").read_text()
+    restoring = [row.rpartition(" | ")[2] for row in page.splitlines() if row.startswith("| ")]
+    written = re.findall(r"`(\w+): ?([^`]*)`", "".join(restoring))
+    assert len(written) > 15
+    for name, value in written:
+        assert name in KEYS, name
+        if value:
+            convert(KEYS[name], read_scalar(value))
