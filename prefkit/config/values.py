@@ -45,6 +45,8 @@ def _to_type(key: Key, value: object) -> Any:
     if isinstance(value, YesNo) and "bool" in key.types:
         return bool(value)
     if isinstance(value, YesNo) and str(value) not in key.choices:
+        if key.choices:
+            raise ValueError(_wanted(key, value))
         raise ValueError(f'{value} may mean a truth value or text: write "{value}" in quotes if it is text')
     if isinstance(value, bool):
         return _same(key, "bool", value)

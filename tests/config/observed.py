@@ -15,7 +15,7 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_error": "reward_model_quantization_bit label_smoothing_factor neftune_noise_alpha deepspeed "
         "fsdp",
     },
-    "tests/config/test_load.py": {
+    "tests/config/test_secrets.py": {
         "test_secrets_are_refused_and_never_shown": "hub_token",
     },
     "tests/data/test_dataset.py": {
