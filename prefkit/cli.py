@@ -15,7 +15,7 @@ from prefkit import __version__
 from prefkit.config.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from prefkit.config.checks import Rules
+    from prefkit.config.rules import Rules
     from prefkit.config.schema import UseConfig
     from prefkit.serve.assistant import Sampling
 
@@ -75,7 +75,7 @@ def export(
     ] = None,
 ) -> None:
     """Merge adapters into their base, and write a model that plain transformers reads."""
-    from prefkit.config.checks import EXPORT
+    from prefkit.config.uses import EXPORT
 
     config = _read_use(source, overrides, EXPORT)
     from prefkit.runs.report import make_console
@@ -95,7 +95,7 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to a model in the terminal; /help there lists the commands."""
-    from prefkit.config.checks import TALKING
+    from prefkit.config.uses import TALKING
 
     config = _read_use(source, overrides, TALKING)
     from prefkit.runs.report import make_console
@@ -115,7 +115,7 @@ def api(
     port: Annotated[int, typer.Option(envvar="API_PORT", help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve a model as OpenAI does: /v1/chat/completions. API_KEY in the environment is the token, if any."""
-    from prefkit.config.checks import TALKING
+    from prefkit.config.uses import TALKING
 
     config = _read_use(source, overrides, TALKING)
     from prefkit.serve.api import check_address, serve
@@ -148,6 +148,18 @@ def _sampling(config: UseConfig) -> Sampling:
     from prefkit.serve.assistant import Sampling
 
     return Sampling(**asdict(config.generation))
+
+
+@app.command()
+def keys(
+    name: Annotated[
+        str, typer.Argument(help="A key, or a part of its name; none lists all.", show_default=False)
+    ] = "",
+) -> None:
+    """Say what a key of the YAML does: type, limits, default, and who reads it."""
+    from prefkit.config.describe import explain
+
+    print(explain(name))
 
 
 @app.command()

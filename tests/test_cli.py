@@ -65,6 +65,17 @@ def test_help_names_the_verbs() -> None:
         assert all(verb in done.stdout for verb in ("train", "version", "env"))
 
 
+def test_keys_are_explained_without_torch() -> None:
+    done = call("keys", "pref_beta")
+    assert done.returncode == 0 and "  type          float, 0 < x\n" in done.stdout
+    done = call("keys", "zzzz")
+    assert done.returncode == 1 and done.stderr.startswith("error: no key has zzzz in its name")
+    code = "import sys; sys.argv = ['prefkit', 'keys']\nfrom prefkit.cli import main\n"
+    code += "try: main()\nfinally: assert not {'torch', 'transformers', 'rich.console'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "learning_rate" in done.stdout, done.stderr
+
+
 def test_env() -> None:
     done = call("env")
     assert done.returncode == 0 and "transformers" in done.stdout and "python" in done.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import load_config, load_use_config
-from prefkit.config.checks import EXPORT, TALKING
+from prefkit.config.uses import EXPORT, TALKING
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.report import make_console
 from prefkit.train.run import train

@@ -1,4 +1,4 @@
-"""Write the files that follow from the code: training_arguments.json and docs/keys.md.
+"""Write the files that follow from the code: training_arguments.json, docs/keys.md and the JSON Schema.
 
 `python tools/generate.py` writes them; `--check` writes nothing and exits 1 where they differ.
 """
@@ -17,7 +17,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "prefkit" / "config" / "training_arguments.json"
 KEYS_DOC = ROOT / "docs" / "keys.md"
+SCHEMA = ROOT / "docs" / "prefkit.schema.json"
 REQUIRED = "output_dir"
+sys.path.insert(0, str(ROOT))
 # What the annotation of transformers leaves out and its code takes.
 EXTRA_TYPES = {"eval_steps": "int", "fsdp": "bool", "resume_from_checkpoint": "bool"}
 
@@ -76,20 +78,35 @@ def render_arguments() -> str:
     return f'{{"transformers": "{described["transformers"]}", "arguments": [\n{rows}\n]}}\n'
 
 
+def render_schema() -> str:
+    """The text of prefkit.schema.json: one key a line."""
+    from prefkit.config.json_schema import make_json_schema
+
+    schema = make_json_schema()
+    rows = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in schema.pop("properties").items()]
+    head = json.dumps(schema, indent=1).removesuffix("\n}")
+    return head + ',\n "properties": {\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
 def render_keys_doc() -> str:
     """The text of docs/keys.md."""
-    sys.path.insert(0, str(ROOT))
+    from prefkit.config.describe import TRAINING_SENTENCE, spell
     from prefkit.config.foreign import FOREIGN
     from prefkit.config.schema import GROUPS, KEYS
+    from tests.config.observed import OBSERVED
 
+    header = ["Key", "Type", "Default", "Read by", "Meaning", "Test"]
     parts = [_INTRODUCTION]
     for group, owner in GROUPS.items():
-        parts.append(f"## {group.capitalize()}\n\n{owner.__doc__}\n")
-        parts.append(_table(["Key", "Type", "Default", "Meaning"], _key_rows(KEYS, group)))
-    parts.append("## Training\n\nThe keys of transformers.TrainingArguments, and `warmup_ratio`.\n")
-    parts.append(_table(["Key", "Type", "Default", "Meaning"], _key_rows(KEYS, "training", FOREIGN)))
-    parts.append(_FOREIGN)
-    rows = [[f"`{k}`", _cell(f.default), f.verdict, f.hint] for k, f in sorted(FOREIGN.items())]
+        rows = [_key_row(key, OBSERVED[name]) for name, key in KEYS.items() if key.group == group]
+        parts += [f"## {group.capitalize()}\n\n{owner.__doc__}\n", _table(header, rows)]
+    rows = [
+        _key_row(key, OBSERVED.get(name, ""))
+        for name, key in KEYS.items()
+        if key.group == "training" and name not in FOREIGN
+    ]
+    parts += [f"## Training\n\n{TRAINING_SENTENCE} {_PASSED_ON}\n", _table(header, rows), _FOREIGN]
+    rows = [[f"`{k}`", _code(spell(f.default)), f.verdict, f.hint] for k, f in sorted(FOREIGN.items())]
     parts.append(_table(["Key", "Default", "Verdict", "What to do, or why"], rows))
     return "\n".join(parts)
 
@@ -100,39 +117,40 @@ _INTRODUCTION = """\
 Written by `python tools/generate.py`; change the code, not this page. A list may be written `a,b` too.
 An unknown key is an error. `null` stands for the default where it has no meaning of its own.
 
-`prefkit train` reads all keys but those of Export and Generation; `prefkit export` reads Model, Data and
-Export, `prefkit chat` and `prefkit api` Model, Data and Generation. A key that a verb does not read is a
-warning.
+`prefkit keys NAME` prints a row of this page. *Read by* names stages of training, and the verbs `chat`,
+`api` and `export`; a key that is given and not read is a warning. This version trains `stage: dpo`; keys of
+`kto`, `rm` and `ppo` are read by `prefkit check`. *Test* is the test that fails when the key does nothing.
+
+A value may be `${env:NAME}`, a variable of the environment, or `${other_key}`; both may stand within a text,
+a list or a mapping. `$${` is a `${` that stands for itself. `default_system` is taken as it is written.
 """
+
+_PASSED_ON = """\
+They are passed to the Trainer of transformers as they are, unless a test is named; that they
+arrive is tested for each by `tests/train/test_arguments.py::test_each_key_arrives`."""
 
 _FOREIGN = """\
 ## Keys of LLaMA-Factory that this version does not have
 
 At its default, or switched off, such a key says nothing. Otherwise `refuse` is an error, because the
 training would not be the one asked for, and `ignore` a warning. To `prefkit export`, `chat` and `api` both
-are a warning, unless they say which model it is or hold a secret.
+are a warning, unless the model or its answers would be others, or the key holds a secret.
 """
 
 
-def _key_rows(keys: dict[str, Any], group: str, left_out: Any = ()) -> list[list[str]]:
-    return [
-        [f"`{name}`", _type_cell(key), "required" if key.required else _cell(key.default), key.help]
-        for name, key in keys.items()
-        if key.group == group and name not in left_out
-    ]
+def _key_row(key: Any, test: str) -> list[str]:
+    from prefkit.config.describe import readers, spell, type_of
+
+    help = f"{key.help} LLaMA-Factory: {key.elsewhere}." if key.elsewhere else key.help
+    stages, read = ("dpo", "kto", "rm", "ppo"), readers(key)
+    if read[:4] == stages:
+        read = ("all stages", *read[4:])
+    default = "required" if key.required else _code(spell(key.default))
+    return [f"`{key.name}`", type_of(key), default, ", ".join(read), help, _code(test.removeprefix("tests/"))]
 
 
-def _type_cell(key: Any) -> str:
-    if key.choices:
-        return ", ".join(key.choices)
-    types = " or ".join(t for t in key.types if not (t == "int" and "float" in key.types))
-    limits = key.limits.replace(key.name, "x")
-    return f"{types}, {limits}" if limits else types
-
-
-def _cell(value: Any) -> str:
-    value = ",".join(value) if isinstance(value, list | tuple) else value
-    return "" if value in ("", None) else f"`{json.dumps(value).strip(chr(34))}`"
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -143,7 +161,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Write the files, or compare them."""
     different = 0
-    for path, render in ((ARGUMENTS, render_arguments), (KEYS_DOC, render_keys_doc)):
+    renders = {ARGUMENTS: render_arguments, KEYS_DOC: render_keys_doc, SCHEMA: render_schema}
+    for path, render in renders.items():
         text = render()
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

@@ -1,43 +1,15 @@
-"""Rules across keys, one row each: the only place that rejects a combination."""
+"""Rules of a run across keys, one row each: the only place that rejects a combination.
+
+Those of other uses are in `uses`, which keys a stage reads in `Key.stages`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from types import SimpleNamespace
-from typing import NamedTuple
 
-from .errors import Problem, is_secret
-from .foreign import FOREIGN
-from .schema import KEYS, METRICS, PART_METRICS
-
-Rule = Callable[[SimpleNamespace], object]
-
-
-class Check(NamedTuple):
-    """A row: which keys it reads, when it is broken, what to say; a message may name any value."""
-
-    name: str
-    keys: tuple[str, ...]
-    is_broken: Rule
-    message: str
-
-
-class Needs(NamedTuple):
-    """A key that says something only where `holds`."""
-
-    key: str
-    holds: Rule
-    condition: str
-
-
-class Rules(NamedTuple):
-    """What one use of a config is held to; it does not read the `unused` of its keys."""
-
-    errors: tuple[Check, ...]
-    warnings: tuple[Check, ...]
-    needs: tuple[Needs, ...]
-    unused: tuple[str, ...] = ()
-
+from .key import STAGES
+from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
+from .schema import KEYS, METRICS, PART_METRICS, RunConfig, keys_of
 
 # Names that transformers' report_to knows; a test compares them.
 _TRACKERS = {
@@ -58,43 +30,40 @@ _TRACKERS = {
 
 
 def _is_reference_free(v: SimpleNamespace) -> bool:
-    return v.pref_loss in ("orpo", "simpo")
+    return v.stage == "dpo" and v.pref_loss in ("orpo", "simpo")
 
 
 def _is_evaluating(v: SimpleNamespace) -> bool:
     return v.do_eval or v.do_predict or v.eval_on_start or v.eval_strategy != "no"
 
 
-def _is_quantized(v: SimpleNamespace) -> bool:
-    return v.quantization_bit is not None
-
-
-def _adds_tokens(v: SimpleNamespace) -> bool:
-    return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens)
-
-
 def _metric(v: SimpleNamespace) -> str:
-    """`metric_for_best_model` without its prefix."""
-    return str(v.metric_for_best_model or "loss").removeprefix("eval_")
+    """`metric_for_best_model` without its prefix, which names a data set with `eval_on_each_dataset`."""
+    metric = str(v.metric_for_best_model or "loss").removeprefix("eval_")
+    if not v.eval_on_each_dataset:
+        return metric
+    names = sorted(v.eval_dataset, key=len, reverse=True)
+    return next((metric.removeprefix(f"{name}_") for name in names if metric.startswith(f"{name}_")), "")
 
 
-def _is_lora(v: SimpleNamespace) -> bool:
-    return v.finetuning_type == "lora"
+def _follows_metric(v: SimpleNamespace) -> bool:
+    """Whether evaluations decide about training or saving."""
+    return bool(
+        v.load_best_model_at_end
+        or v.early_stopping_steps
+        or v.save_strategy == "best"
+        or v.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    )
 
 
 def _starts_adapter(v: SimpleNamespace) -> bool:
     """Whether the adapter that is trained is a new one, of the shape that the YAML gives it."""
-    return _is_lora(v) and bool(v.create_new_adapter or not v.adapter_name_or_path)
+    return is_lora(v) and bool(v.create_new_adapter or not v.adapter_name_or_path)
 
 
 def _is_lost_on(key: str) -> Rule:
     """A rule: the key is given, and only LoRA knows it."""
-    return lambda v: getattr(v, key) and not _is_lora(v)
-
-
-def _is_written(key: str) -> Rule:
-    """A rule: a key of `FOREIGN` asks for something."""
-    return lambda v: not FOREIGN[key].is_off(getattr(v, key))
+    return lambda v: getattr(v, key) and not is_lora(v)
 
 
 def _has_held_out(v: SimpleNamespace) -> bool:
@@ -117,8 +86,9 @@ ERRORS = (
           lambda v: not _TRACKERS.issuperset(
               [v.report_to] if isinstance(v.report_to, str) else v.report_to or ()),
           f"one or more of {', '.join(sorted(_TRACKERS))} is wanted"),
-    Check("no_training", ("do_train", "adapter_name_or_path", "ref_model"),
-          lambda v: not v.do_train and not v.adapter_name_or_path and not v.ref_model,
+    Check("no_training", ("do_train", "adapter_name_or_path", "ref_model", "stage"),
+          lambda v: v.stage in ("dpo", "kto") and not v.do_train
+          and not v.adapter_name_or_path and not v.ref_model,
           "write do_train: true; to evaluate without training, name the adapter_name_or_path to measure "
           "against the model without it, or a ref_model"),
     Check("nothing_to_do", ("do_train", "do_eval", "do_predict", "eval_dataset"),
@@ -133,9 +103,6 @@ ERRORS = (
     Check("neftune", ("neftune_noise_alpha",),
           lambda v: v.neftune_noise_alpha,
           "noise would make policy and reference differ by chance: remove it"),
-    Check("dataset_dir_remote", ("dataset_dir",),
-          lambda v: v.dataset_dir == "ONLINE" or v.dataset_dir.startswith("REMOTE:"),
-          "data sets are read from a folder in this version: download them into one"),
     Check("val_size_one", ("val_size",),
           lambda v: v.val_size == 1,
           "1 may mean all rows or one row: write a fraction below 1 or a count above 1"),
@@ -152,13 +119,56 @@ ERRORS = (
     Check("sample_prompts_held_out", ("sample_prompts", "val_size", "eval_dataset"),
           lambda v: v.sample_prompts > 0 and not _has_held_out(v),
           "the prompts come from held-out rows: write val_size or eval_dataset"),
-    Check("label_smoothing_loss", ("dpo_label_smoothing", "pref_loss"),
-          lambda v: v.dpo_label_smoothing > 0 and v.pref_loss != "sigmoid",
+    Check("eval_on_each", ("eval_on_each_dataset", "eval_dataset"),
+          lambda v: v.eval_on_each_dataset and len(v.eval_dataset) < 2,
+          "needs several: write eval_dataset: NAME,NAME, or remove it"),
+    Check("interleave_probs_concat", ("interleave_probs", "mix_strategy"),
+          lambda v: v.interleave_probs and v.mix_strategy == "concat",
+          "needs data sets that are mixed in turn: write mix_strategy: interleave_under, or remove it"),
+    Check("interleave_probs_length", ("interleave_probs", "mix_strategy", "dataset"),
+          lambda v: v.interleave_probs and v.mix_strategy != "concat"
+          and len(v.interleave_probs) != len(v.dataset),
+          "needs one number for each data set of dataset"),
+    Check("interleave_probs_sum", ("interleave_probs",),
+          lambda v: v.interleave_probs and abs(sum(v.interleave_probs) - 1) > 0.01,
+          "are probabilities: write numbers whose sum is 1"),
+    Check("streaming_steps", ("streaming", "max_steps", "do_train"),
+          lambda v: v.streaming and v.do_train and v.max_steps <= 0,
+          "needs the number of steps, since that of the rows is not known: write max_steps: 1000"),
+    Check("streaming_val_size", ("val_size", "streaming"),
+          lambda v: v.streaming and 0 < v.val_size < 1,
+          "a share of the rows is not known while streaming: write a count, such as 100, or eval_dataset"),
+    Check("streaming_max_samples", ("max_samples", "streaming"),
+          lambda v: v.streaming and v.max_samples is not None,
+          "streaming ends with max_steps, however many rows there are: remove it"),
+    Check("streaming_ref_cache", ("ref_cache", "streaming"),
+          lambda v: v.streaming and v.ref_cache,
+          "rows are seen once while streaming: remove it, or streaming"),
+    Check("kto_weights", ("kto_chosen_weight", "kto_rejected_weight", "stage"),
+          lambda v: v.stage == "kto" and v.kto_chosen_weight == v.kto_rejected_weight == 0,
+          "with kto_rejected_weight: 0 nothing is learnt: write a weight above 0"),
+    Check("reward_model_missing", ("reward_model", "stage", "do_train"),
+          lambda v: v.stage == "ppo" and v.do_train and not v.reward_model,
+          "missing; ppo needs what judges its responses: write reward_model: saves/my-reward-model"),
+    Check("reward_model_tuning", ("reward_model_type", "finetuning_type", "stage"),
+          lambda v: v.stage == "ppo" and v.reward_model_type == "lora" and not is_lora(v),
+          "an adapter needs finetuning_type: lora, not {finetuning_type}: write reward_model_type: full"),
+    Check("reward_model_address", ("reward_model", "reward_model_type", "stage"),
+          lambda v: v.stage == "ppo" and v.reward_model_type == "api" and v.reward_model
+          and not v.reward_model.startswith(("http://", "https://")),
+          "with reward_model_type: api it is an address: write http://HOST:PORT/PATH"),
+    Check("reward_model_bits", ("reward_model_quantization_bit",),
+          lambda v: v.reward_model_quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+    Check("reward_model_merge", ("reward_model_quantization_bit", "reward_model_adapters"),
+          lambda v: v.reward_model_quantization_bit is not None and v.reward_model_adapters,
+          "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("label_smoothing_loss", ("dpo_label_smoothing", "pref_loss", "stage"),
+          lambda v: v.stage == "dpo" and v.dpo_label_smoothing > 0 and v.pref_loss != "sigmoid",
           "is defined for pref_loss: sigmoid only, not for {pref_loss}: remove it"),
     Check("label_smoothing_factor", ("label_smoothing_factor",),
           lambda v: v.label_smoothing_factor > 0,
           "smooths the next token, which a preference loss does not predict: write dpo_label_smoothing"),
-    Check("ref_model_reference_free", ("ref_model", "pref_loss"),
+    Check("ref_model_reference_free", ("ref_model", "pref_loss", "stage"),
           lambda v: v.ref_model and _is_reference_free(v),
           "{pref_loss} is reference-free, so that a reference model would not be read: remove it"),
     Check("ref_adapters_alone", ("ref_model_adapters", "ref_model"),
@@ -175,24 +185,24 @@ ERRORS = (
     Check("quantization_bits", ("quantization_bit",),
           lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
     Check("quantization_tuning", ("quantization_bit", "finetuning_type"),
-          lambda v: _is_quantized(v) and not _is_lora(v),
+          lambda v: is_quantized(v) and not is_lora(v),
           "quantised weights cannot be trained: write finetuning_type: lora"),
     Check("quantization_adapters", ("quantization_bit", "adapter_name_or_path", "create_new_adapter"),
-          lambda v: _is_quantized(v) and (len(v.adapter_name_or_path) > 1 or
+          lambda v: is_quantized(v) and (len(v.adapter_name_or_path) > 1 or
                                           (v.adapter_name_or_path and v.create_new_adapter)),
           "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
     Check("quantization_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
-          lambda v: _is_quantized(v) and _adds_tokens(v),
+          lambda v: is_quantized(v) and adds_tokens(v),
           "the vocabulary of a quantised model cannot be resized: remove it, or resize_vocab, add_tokens and "
           "add_special_tokens"),
     Check("quantization_pissa", ("quantization_bit", "pissa_init"),
-          lambda v: _is_quantized(v) and v.pissa_init,
+          lambda v: is_quantized(v) and v.pissa_init,
           "pissa_init decomposes the weights, and these are quantised: remove one of the two"),
     Check("pure_bf16", ("pure_bf16", "fp16", "dtype"),
           lambda v: v.pure_bf16 and (v.fp16 or v.dtype not in ("auto", "bfloat16")),
           "holds every weight in bfloat16: remove it, or fp16 and dtype: {dtype}"),
     Check("adapter_tuning", ("adapter_name_or_path", "finetuning_type"),
-          lambda v: v.adapter_name_or_path and not _is_lora(v),
+          lambda v: v.adapter_name_or_path and not is_lora(v),
           "an adapter is trained on with finetuning_type: lora only; for {finetuning_type}, merge it first "
           "with prefkit export"),
     Check("create_new_adapter", ("create_new_adapter", "adapter_name_or_path"),
@@ -229,20 +239,30 @@ ERRORS = (
     Check("early_stopping_eval", ("early_stopping_steps", "eval_strategy"),
           lambda v: v.early_stopping_steps and v.eval_strategy == "no",
           "watches the evaluations: write eval_strategy: steps or epoch"),
-    Check("best_metric", ("metric_for_best_model",),
-          lambda v: _metric(v) not in METRICS,
+    Check("best_metric", ("metric_for_best_model", "stage", "eval_on_each_dataset"),
+          lambda v: v.stage == "dpo" and not v.eval_on_each_dataset and _metric(v) not in METRICS,
           f"is none of the metrics of an evaluation: write one of {', '.join(METRICS)}"),
-    Check("best_metric_loss", ("metric_for_best_model", "pref_loss"),
-          lambda v: _metric(v) in PART_METRICS and v.pref_loss not in PART_METRICS[_metric(v)],
-          "is not measured with pref_loss: {pref_loss}; eval_loss is"),
-    Check("bco_reference_free", ("pref_bco_weight", "pref_loss"),
+    Check("best_metric_each", ("metric_for_best_model", "stage", "eval_on_each_dataset", "eval_dataset"),
+          lambda v: v.stage == "dpo" and v.eval_on_each_dataset and v.metric_for_best_model
+          and _metric(v) not in METRICS,
+          "with eval_on_each_dataset it is eval_NAME_METRIC: a NAME of eval_dataset, and for METRIC one of "
+          f"{', '.join(METRICS)}"),
+    Check("best_metric_missing", ("metric_for_best_model", "eval_on_each_dataset", "eval_dataset"),
+          lambda v: v.eval_on_each_dataset and _follows_metric(v) and not v.metric_for_best_model,
+          "missing; with eval_on_each_dataset it says which data set counts, as eval_NAME_loss with a NAME "
+          "of eval_dataset"),
+    Check("best_metric_loss", ("metric_for_best_model", "pref_loss", "stage", "eval_on_each_dataset"),
+          lambda v: v.stage == "dpo" and _metric(v) in PART_METRICS
+          and v.pref_loss not in PART_METRICS[_metric(v)],
+          "is not measured with pref_loss: {pref_loss}; the loss is"),
+    Check("bco_reference_free", ("pref_bco_weight", "pref_loss", "stage"),
           lambda v: v.pref_bco_weight > 0 and _is_reference_free(v),
           "BCO needs a reference, and {pref_loss} is reference-free: write pref_bco_weight: 0"),
-    Check("ld_alpha_reference_free", ("ld_alpha", "pref_loss"),
+    Check("ld_alpha_reference_free", ("ld_alpha", "pref_loss", "stage"),
           lambda v: v.ld_alpha is not None and _is_reference_free(v),
           "is defined for summed log-probs, and {pref_loss} uses their mean per token: remove it"),
-    Check("ld_alpha_ipo", ("ld_alpha", "pref_loss", "ipo_average"),
-          lambda v: v.ld_alpha is not None and v.pref_loss == "ipo" and v.ipo_average,
+    Check("ld_alpha_ipo", ("ld_alpha", "pref_loss", "ipo_average", "stage"),
+          lambda v: v.stage == "dpo" and v.ld_alpha is not None and v.pref_loss == "ipo" and v.ipo_average,
           "is defined for summed log-probs, and ipo uses their mean per token: remove it, or write "
           "ipo_average: false"),
     Check("half_precision", ("fp16", "bf16"),
@@ -294,24 +314,39 @@ ERRORS = (
 )  # fmt: skip
 
 WARNINGS = (
-    Check("simpo_beta", ("pref_beta", "pref_loss"),
-          lambda v: v.pref_loss == "simpo" and v.pref_beta < 1,
+    Check("simpo_beta", ("pref_beta", "pref_loss", "stage"),
+          lambda v: v.stage == "dpo" and v.pref_loss == "simpo" and v.pref_beta < 1,
           "{pref_beta} is small for simpo: its authors use 2 to 10"),
-    Check("simpo_margin", ("simpo_gamma", "pref_beta", "pref_loss"),
-          lambda v: v.pref_loss == "simpo" and v.simpo_gamma / v.pref_beta > 2,
+    Check("simpo_margin", ("simpo_gamma", "pref_beta", "pref_loss", "stage"),
+          lambda v: v.stage == "dpo" and v.pref_loss == "simpo" and v.simpo_gamma / v.pref_beta > 2,
           "asks for a margin of gamma / beta > 2 nats per token: simpo's authors use 0.3 to 1.6"),
-    Check("lora_dropout", ("lora_dropout", "finetuning_type"),
-          lambda v: v.lora_dropout > 0 and _starts_adapter(v),
+    Check("lora_dropout", ("lora_dropout", "finetuning_type", "stage"),
+          lambda v: v.stage != "rm" and v.lora_dropout > 0 and _starts_adapter(v),
           "makes the log-ratio of policy and reference noisy: preference training does better with 0"),
     Check("early_stopping_last", ("early_stopping_steps", "load_best_model_at_end"),
           lambda v: v.early_stopping_steps and not v.load_best_model_at_end,
           "the last model is saved, not the best: load_best_model_at_end: true saves that"),
 )  # fmt: skip
 
+
+def _needs_stage(key: str) -> Needs:
+    stages = KEYS[key].stages
+    return Needs(key, lambda v: v.stage in stages, f"stage: {' or '.join(stages)}")
+
+
+OF_STAGES = tuple(_needs_stage(key) for key in keys_of(RunConfig) if KEYS[key].stages != STAGES)
 NEEDS = (
     Needs("simpo_gamma", lambda v: v.pref_loss == "simpo", "pref_loss: simpo"),
     Needs("ipo_average", lambda v: v.pref_loss == "ipo", "pref_loss: ipo"),
     Needs("ld_alpha_reference", lambda v: v.ld_alpha is not None, "ld_alpha"),
+    Needs("mix_strategy", lambda v: len(v.dataset) > 1, "several data sets"),
+    Needs("buffer_size", lambda v: v.streaming and not v.disable_shuffling,
+          "streaming, and disable_shuffling to be absent"),
+    *(Needs(key, lambda v: not v.streaming, "streaming to be absent")
+      for key in ("tokenized_path", "overwrite_cache", "preprocessing_num_workers")),
+    *(Needs(key, lambda v: v.reward_model_type == "full", "reward_model_type: full")
+      for key in ("reward_model_adapters", "reward_model_quantization_bit")),
+    *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
     Needs("dataset", lambda v: v.do_train, "do_train"),
     Needs("sample_prompts", lambda v: v.do_train, "do_train"),
     Needs("sample_max_new_tokens", lambda v: v.sample_prompts > 0, "sample_prompts"),
@@ -338,84 +373,5 @@ _TRAINABLE = (
     Check("stage_later", ("stage",), lambda v: v.stage != "dpo",
           "{stage} is not in this version of prefkit: write dpo; `prefkit check` reads the data of {stage}"),
 )  # fmt: skip
-CHECKING = Rules(ERRORS, WARNINGS, NEEDS)
-TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, NEEDS)
-
-# Which model this is, or a secret: as wrong in a use as in training.
-_REFUSED = tuple(
-    Check(key, (key,), _is_written(key), FOREIGN[key].hint)
-    for key in (
-        *filter(is_secret, FOREIGN),
-        *("adapter_folder", "new_special_tokens_config", "quantization_method"),
-    )
-)
-_TRAINED_WITH = (
-    *("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size", "disable_shuffling"),
-    *("batch_layout", "disable_gradient_checkpointing", "moe_aux_loss_coef"),
-)
-
-
-def _keys_of(group: str) -> tuple[str, ...]:
-    return tuple(name for name, key in KEYS.items() if key.group == group)
-
-
-TALKING = Rules(
-    (
-        Check("infer_backend", ("infer_backend",), lambda v: v.infer_backend not in (None, "huggingface"),
-              "answers come from transformers here: remove it"),
-        Check("talking_bits", ("quantization_bit",),
-              lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
-        Check("talking_adapters", ("quantization_bit", "adapter_name_or_path"),
-              lambda v: _is_quantized(v) and len(v.adapter_name_or_path) > 1,
-              "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
-        Check("talking_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
-              lambda v: _is_quantized(v) and _adds_tokens(v),
-              "the vocabulary of a quantised model cannot be resized, and that of this one was: remove it"),
-        *_REFUSED,
-    ),
-    (),
-    (
-        *(Needs(key, lambda v: v.quantization_bit == 4, "quantization_bit: 4")
-          for key in ("quantization_type", "double_quantization")),
-        *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
-    ),
-    (*_TRAINED_WITH, *_keys_of("export")),
-)  # fmt: skip
-EXPORT = Rules(
-    (
-        Check("export_dir", ("export_dir",), lambda v: not v.export_dir,
-              "missing; write export_dir: models/my-model"),
-        Check("export_quantized", ("quantization_bit",), _is_quantized,
-              "an exported model keeps the numbers of its base: remove it"),
-        Check("export_quantization", ("export_quantization_bit",), lambda v: v.export_quantization_bit,
-              "an exported model keeps the numbers of its base: remove it"),
-        Check("export_hub", ("export_hub_model_id",), lambda v: v.export_hub_model_id,
-              "the model is not uploaded: remove it, and run `hf upload` on export_dir"),
-        *_REFUSED,
-    ),
-    (),
-    (),
-    (*_TRAINED_WITH, *_keys_of("generation"), "quantization_type", "double_quantization"),
-)  # fmt: skip
-
-
-def find_errors(rules: Rules, values: SimpleNamespace, unknown: Collection[str]) -> list[Problem]:
-    """The errors that hold; rows that read a key of `unknown` value are left out."""
-    return _find(rules.errors, values, unknown)
-
-
-def find_warnings(rules: Rules, values: SimpleNamespace, changed: Collection[str]) -> list[str]:
-    """What is allowed but hardly meant; `changed` are the keys given with another value than the default."""
-    found = [f"{problem.key}: {problem.text}" for problem in _find(rules.warnings, values, ())]
-    idle = [row for row in rules.needs if row.key in changed and not row.holds(values)]
-    if idle:
-        found.append("without effect: " + ", ".join(f"{row.key} (needs {row.condition})" for row in idle))
-    return found
-
-
-def _find(rows: tuple[Check, ...], values: SimpleNamespace, unknown: Collection[str]) -> list[Problem]:
-    return [
-        Problem(row.keys[0], row.message.format_map(vars(values)))
-        for row in rows
-        if not any(key in unknown for key in row.keys) and row.is_broken(values)
-    ]
+CHECKING = Rules(ERRORS, WARNINGS, (*OF_STAGES, *NEEDS))
+TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, (*OF_STAGES, *NEEDS))

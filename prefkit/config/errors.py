@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 _SECRET_WORDS = {"token", "password", "passwd", "secret", "key", "apikey", "credentials"}
 _SECRET_VALUE = re.compile(r"(hf|sk|gh[a-z]|glpat|xox[a-z])[-_][\w-]{8,}")
+_SURE = re.compile(
+    r"(?<![A-Za-z0-9])(hf_|sk-([a-z]+-)?|gh[a-z]_|glpat-|xox[a-z]-)[A-Za-z0-9]{16}"
+    r"|://[^/\s@:]*:[^/\s@]+@|https?://[^/\s@]+@|[?&][\w-]*(token|secret|password|key)=[^&\s]",
+    re.IGNORECASE,
+)
 
 
 class Problem(NamedTuple):
@@ -45,13 +50,22 @@ def is_secret(name: str) -> bool:
     return name.lower().rpartition("_")[2] in _SECRET_WORDS
 
 
+def looks_secret(text: str) -> bool:
+    """Whether a text holds a token of a known form, or an address with a password or token in it.
+
+    >>> looks_secret("https://me:pass@host/data"), looks_secret("https://host/data"), looks_secret("task-1")
+    (True, False, False)
+    """
+    return bool(_SURE.search(text))
+
+
 def show(name: str, value: object) -> str:
     """A value as YAML would spell it, for a message: short, and never a secret.
 
     >>> show("bf16", True), show("hub_token", "hf_1234"), show("stage", "dpo")
     ('true', '***', '"dpo"')
     """
-    if is_secret(name) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+    if is_secret(name) or (isinstance(value, str) and (_SECRET_VALUE.search(value) or looks_secret(value))):
         return "***"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]

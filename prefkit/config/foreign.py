@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from .source import YesNo
+
 Verdict = Literal["refuse", "ignore"]
 
 
@@ -20,8 +22,11 @@ class Foreign(NamedTuple):
     hint: str
 
     def is_off(self, value: object) -> bool:
-        """Whether the value asks for nothing: the default, false, none, zero or empty."""
-        return not value or value == self.default
+        """Whether the value asks for nothing: the default, null, or false, zero or empty where the default is
+        not true."""
+        value = bool(value) if isinstance(value, YesNo) else value
+        is_default = value == self.default and isinstance(value, bool) is isinstance(self.default, bool)
+        return value is None or is_default or (not value and self.default is not True)
 
 
 _SECRET = "a secret belongs into the environment, never into a config: set "
@@ -62,32 +67,43 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
      {"packing": None, "neat_packing": False}),
     ("refuse", "a preference loss always reads whole responses and no prompt: remove the key",
      {"train_on_prompt": False, "mask_history": False, "use_dft_loss": False}),
+    ("refuse", "padding is never scored: remove the key", {"ignore_pad_token_for_loss": True}),
+    ("refuse", "weights are always written as safetensors: remove the key", {"save_safetensors": True}),
+    ("refuse", "a tokenizer is always the fast one: remove the key", {"use_fast_tokenizer": True}),
+    ("refuse", "has a new place: write accelerator_config: {split_batches: true}", {"split_batches": None}),
+    ("refuse", "has a new place: write accelerator_config: {dispatch_batches: true}",
+     {"dispatch_batches": None}),
+    ("refuse", "has a new name: write report_to: swanlab", {"use_swanlab": False}),
+    ("refuse", "answers come from transformers here: remove the key", {"infer_backend": "huggingface"}),
+    ("refuse", "has a new name: write dtype", {"infer_dtype": "auto"}),
+    ("refuse", "answers are drawn token by token, without beams: remove the key", {"num_beams": 1}),
+    ("refuse", "has a new name: write max_new_tokens, which does not count the prompt", {"max_length": 1024}),
+    ("refuse", "control tokens are never part of an answer: remove the key", {"skip_special_tokens": True}),
+    ("refuse", "do_predict writes the metrics of each pair, and sample_prompts answers: remove the key",
+     {"predict_with_generate": False}),
     ("ignore", "concerns speed or memory only",
-     {"use_fast_tokenizer": True, "low_cpu_mem_usage": True, "use_unsloth": False,
+     {"low_cpu_mem_usage": True, "use_unsloth": False,
       "use_unsloth_gc": False,
       "enable_liger_kernel": False, "use_reentrant_gc": True, "use_v1_kernels": False,
       "offload_folder": "offload", "preprocessing_batch_size": 1000, "data_shared_file_system": False,
       "half_precision_backend": "auto", "fp16_backend": "auto", "fp16_opt_level": "O1",
-      "use_mps_device": False, "use_ipex": False, "torchdynamo": None, "dispatch_batches": None,
-      "split_batches": None, "local_rank": -1}),
+      "use_mps_device": False, "use_ipex": False, "torchdynamo": None, "local_rank": -1}),
     ("ignore", "concerns logging only",
      {"print_param_status": False, "include_tokens_per_second": False,
-      "include_effective_tokens_per_second": False, "logging_dir": None, "compute_accuracy": False,
-      "use_swanlab": False, "swanlab_project": "llamafactory",
-      "swanlab_workspace": None, "swanlab_run_name": None, "swanlab_mode": "cloud",
-      "swanlab_logdir": None, "swanlab_lark_webhook_url": None, "enable_torch_profiler": False,
+      "include_effective_tokens_per_second": False, "compute_accuracy": False}),
+    ("ignore", "tensorboard writes where TENSORBOARD_LOGGING_DIR says", {"logging_dir": None}),
+    ("ignore", "no profile is written",
+     {"enable_torch_profiler": False,
       "profiler_output_dir": None, "profiler_wait_steps": 1, "profiler_warmup_steps": 1,
       "profiler_active_steps": 1, "profiler_repeat": 1, "profiler_record_shapes": True,
       "profiler_profile_memory": True, "profiler_with_stack": True}),
+    ("ignore", "swanlab reads its own variables: SWANLAB_PROJ_NAME, SWANLAB_WORKSPACE, SWANLAB_MODE",
+     {"swanlab_project": "llamafactory", "swanlab_workspace": None, "swanlab_run_name": None,
+      "swanlab_mode": "cloud", "swanlab_logdir": None, "swanlab_lark_webhook_url": None}),
     ("ignore", "decided by prefkit itself",
-     {"save_safetensors": True, "pissa_convert": False, "ignore_pad_token_for_loss": True,
+     {"pissa_convert": False,
       "remove_unused_columns": True, "label_names": None, "disable_tqdm": None,
       "logging_nan_inf_filter": True}),
-    ("ignore", "belongs to another stage",
-     {"kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0, "ppo_buffer_size": 1, "ppo_epochs": 4,
-      "ppo_score_norm": False, "ppo_target": 6.0, "ppo_whiten_rewards": False, "reward_model": None,
-      "reward_model_adapters": None, "reward_model_quantization_bit": None,
-      "reward_model_type": "lora"}),
     ("ignore", "belongs to a key that is off",
      {"fp8_backend": "auto", "fp8_enable_fsdp_float8_all_gather": False,
       "oft_rank": 0, "oft_block_size": 32, "oft_target": "all", "module_dropout": 0.0,
@@ -103,18 +119,17 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
       "ray_storage_path": "./saves", "ray_storage_filesystem": None,
       "resources_per_worker": {"GPU": 1}, "placement_strategy": "PACK", "master_addr": None,
       "master_port": None}),
-    ("ignore", "concerns images, video or sound",
+    ("ignore", "images, video and sound are not in this version, and rows of text need no such key",
      {"freeze_vision_tower": True, "freeze_multi_modal_projector": True, "media_dir": None,
       "image_max_pixels": 589824, "image_min_pixels": 1024, "image_do_pan_and_scan": False,
       "crop_to_patches": False, "video_max_pixels": 65536, "video_min_pixels": 256, "video_fps": 2.0,
       "video_maxlen": 128, "use_audio_in_video": False, "audio_sampling_rate": 16000}),
-    ("ignore", "concerns generation",
-     {"num_beams": 1, "max_length": 1024, "length_penalty": 1.0,
-      "skip_special_tokens": True, "predict_with_generate": False, "sortish_sampler": False,
-      "eval_num_beams": None, "generation_max_length": None, "generation_num_beams": None,
-      "generation_config": None}),
+    ("ignore", "belongs to predict_with_generate",
+     {"sortish_sampler": False, "eval_num_beams": None, "generation_max_length": None,
+      "generation_num_beams": None, "generation_config": None}),
+    ("ignore", "belongs to num_beams", {"length_penalty": 1.0}),
     ("ignore", "concerns inference or export",
-     {"infer_backend": "huggingface", "infer_dtype": "auto", "use_kv_cache": True, "vllm_maxlen": 4096,
+     {"use_kv_cache": True, "vllm_maxlen": 4096,
       "vllm_gpu_util": 0.7, "vllm_enforce_eager": False, "vllm_max_lora_rank": 32, "vllm_config": None,
       "sglang_maxlen": 4096, "sglang_mem_fraction": 0.7, "sglang_tp_size": -1, "sglang_config": None,
       "sglang_lora_backend": "triton",

@@ -10,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .checks import TRAINING, Rules, find_errors, find_warnings
+from .checks import TRAINING
 from .errors import ConfigError, Problem, is_secret
 from .foreign import FOREIGN
-from .schema import GROUPS, KEYS, WARMUP_RATIO, RunConfig, UseConfig, keys_of
-from .source import Entry, read_file, read_overrides
+from .interpolate import Filled, fill_in
+from .rules import Rules, find_errors, find_warnings
+from .schema import GROUPS, KEYS, RunConfig, UseConfig, keys_of
+from .source import Entry, read_file, read_overrides, read_scalar
 from .suggest import SYNONYMS, nearest
+from .training import WARMUP_RATIO
 from .values import convert
 
 Config = TypeVar("Config", RunConfig, UseConfig)
@@ -28,15 +31,18 @@ class LoadedConfig(NamedTuple, Generic[Config]):
     warnings: tuple[str, ...]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[RunConfig]:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), rules: Rules = TRAINING
+) -> LoadedConfig[RunConfig]:
     """Read a config file, then `key=value` overrides; ConfigError holds all that is wrong with them.
 
     A key of TrainingArguments or of this project sets its value; null stands for the default where it
-    has no meaning of its own. A dotted key reaches into a mapping, as in
-    `lr_scheduler_kwargs.num_cycles=2`. A key that only LLaMA-Factory knows is passed over or refused, see
-    `foreign`; any other is an error that names the nearest key.
+    has no meaning of its own. `${env:NAME}` and `${other_key}` are filled in, see `interpolate`. A dotted
+    key reaches into a mapping, as in `lr_scheduler_kwargs.num_cycles=2`. A key that only LLaMA-Factory knows
+    is passed over or refused, see `foreign`; any other is an error that names the nearest key. `rules` say
+    what the config is for: `checks.TRAINING` or `checks.CHECKING`.
     """
-    return _load(Path(path), overrides, {}, TRAINING, RunConfig)
+    return _load(Path(path), overrides, {}, rules, RunConfig)
 
 
 def load_use_config(
@@ -60,14 +66,20 @@ def _load(
     more_entries, more_problems = read_overrides(overrides)
     entries += more_entries
     problems += more_problems
-    written = {**defaults, **_merge(entries, problems)}
-    foreign_to_use = set(KEYS) - set(keys_of(wanted)) - {name for name in KEYS if is_secret(name)}
-    unread = {name for name in written if name in foreign_to_use} if wanted is UseConfig else set()
+    merged = _merge(entries, problems)
+    unread = set(merged) & _unread_keys(wanted)
+    filled = _fill_references(merged, [name for name in merged if name not in unread], defaults)
+    problems += filled.problems
+    written = {**defaults, **merged, **filled.values}
+    written = {name: value for name, value in written.items() if name not in filled.unknown}
     values = _convert({name: value for name, value in written.items() if name not in unread}, problems)
     used = set(keys_of(wanted)).difference(rules.unused)
-    unknown = {problem.key for problem in problems} | {_near(name) for name in written if not _is_known(name)}
-    problems += _find_missing(values, unknown, used)
-    space = _fill_in(values, written)
+    unknown = filled.unknown | {problem.key for problem in problems}
+    unknown |= {_near(name) for name in written if not _is_known(name)}
+    missing = _find_missing(values, unknown, used)
+    problems += missing
+    unknown |= {problem.key for problem in missing}
+    space = _complete(values, written)
     problems += find_errors(rules, space, unknown)
     if wanted is RunConfig:
         problems += _find_refused(written, {problem.key for problem in problems})
@@ -84,6 +96,13 @@ def _load(
         unused |= {name for name, value in written.items() if _is_foreign(name, value)}
     warnings += _find_unused(unused) + (_find_ignored(written) if wanted is RunConfig else [])
     return LoadedConfig(_build(values, wanted), tuple(warnings))
+
+
+def _unread_keys(wanted: type[Config]) -> set[str]:
+    """Keys of training that a use does not even convert; a secret is looked at always."""
+    if wanted is RunConfig:
+        return set()
+    return {name for name in KEYS if name not in keys_of(wanted) and not is_secret(name)}
 
 
 def _merge(entries: list[Entry], problems: list[Problem]) -> dict[str, Any]:
@@ -106,6 +125,14 @@ def _merge(entries: list[Entry], problems: list[Problem]) -> dict[str, Any]:
                 inner = {}
         inner[parts[-1]] = entry.value
     return written
+
+
+def _fill_references(merged: dict[str, Any], wanted: list[str], given: Mapping[str, Any]) -> Filled:
+    """The `wanted` values without their `${...}`; `given` are values for keys that are not written."""
+    defaults = {name: row.default for name, row in FOREIGN.items()}
+    defaults |= {name: None if key.required else key.default for name, key in KEYS.items()}
+    verbatim = {name for name, key in KEYS.items() if key.verbatim} | {n for n in merged if not _is_known(n)}
+    return fill_in(merged, wanted, defaults | dict(given), verbatim, read_scalar)
 
 
 def _convert(written: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def _find_ignored(written: dict[str, Any]) -> list[str]:
     return [f"ignored: {listed}"] if hints else []
 
 
-def _fill_in(values: dict[str, Any], written: dict[str, Any]) -> SimpleNamespace:
+def _complete(values: dict[str, Any], written: dict[str, Any]) -> SimpleNamespace:
     """Every key that exists, given or default, for the checks to read."""
     foreign = {name: written.get(name, row.default) for name, row in FOREIGN.items()}
     own = {name: values.get(name, key.default) for name, key in KEYS.items()}

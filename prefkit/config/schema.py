@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from .errors import is_secret
-
-TRAINING_FILE = Path(__file__).with_name("training_arguments.json")
-REQUIRED: Any = dataclasses.MISSING
+from .interpolate import escape
+from .key import REQUIRED, Key, key, own_keys
+from .methods import MethodConfig, PpoConfig, ReferenceConfig, RewardConfig
+from .training import training_keys
 
 # What an evaluation measures, without the prefix `eval_`; the last ones with the losses that have such a
 # part only. A test compares them with the losses.
@@ -22,88 +20,6 @@ METRICS = (
     *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected", *PART_METRICS),
 )
-
-_LIMITS: dict[str, dict[str, Any]] = {
-    "adam_beta1": {"minimum": 0, "below": 1},
-    "adam_beta2": {"minimum": 0, "below": 1},
-    "adam_epsilon": {"above": 0},
-    "data_seed": {"minimum": 0, "maximum": 2**32 - 1},
-    "dataloader_num_workers": {"minimum": 0},
-    "dataloader_prefetch_factor": {"minimum": 1},
-    "ddp_timeout": {"minimum": 1},
-    "eval_accumulation_steps": {"minimum": 1},
-    "eval_delay": {"minimum": 0},
-    "eval_steps": {"minimum": 0},
-    "gradient_accumulation_steps": {"minimum": 1},
-    "label_smoothing_factor": {"minimum": 0, "below": 1},
-    "learning_rate": {"minimum": 0},
-    "logging_steps": {"minimum": 0},
-    "max_grad_norm": {"minimum": 0},
-    "max_steps": {"minimum": -1},
-    "neftune_noise_alpha": {"minimum": 0},
-    "num_train_epochs": {"minimum": 0},
-    "per_device_eval_batch_size": {"minimum": 1},
-    "per_device_train_batch_size": {"minimum": 1},
-    "save_steps": {"minimum": 0},
-    "save_total_limit": {"minimum": 0},
-    "seed": {"minimum": 0, "maximum": 2**32 - 1},
-    "torch_empty_cache_steps": {"minimum": 1},
-    "warmup_steps": {"minimum": 0},
-    "weight_decay": {"minimum": 0},
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """What one YAML key accepts; `later` are values of LLaMA-Factory that this version lacks."""
-
-    name: str
-    group: str
-    types: tuple[str, ...]
-    default: Any
-    help: str
-    nullable: bool = False
-    choices: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-    below: float | None = None
-    reason: str = ""
-    example: str = ""
-    verbatim: bool = False
-
-    @property
-    def required(self) -> bool:
-        """Whether the YAML must give it."""
-        return self.default is REQUIRED
-
-    @property
-    def limits(self) -> str:
-        """Its range as an inequality, empty without one.
-
-        >>> KEYS["lora_dropout"].limits
-        '0 <= lora_dropout < 1'
-        """
-        low = [f"{self.minimum:g} <="] if self.minimum is not None else []
-        low += [f"{self.above:g} <"] if self.above is not None else []
-        high = [f"<= {self.maximum:.10g}"] if self.maximum is not None else []
-        high += [f"< {self.below:g}"] if self.below is not None else []
-        return " ".join([*low, self.name, *high]) if low or high else ""
-
-    def admits(self, number: float) -> bool:
-        """Whether a number lies within the limits."""
-        return (
-            (self.minimum is None or number >= self.minimum)
-            and (self.maximum is None or number <= self.maximum)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
-        )
-
-
-def key(default: Any, help: str, **facts: Any) -> Any:
-    """A dataclass field that is a YAML key; `facts` are fields of `Key`."""
-    return dataclasses.field(default=default, metadata={"help": help, **facts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +77,7 @@ class ModelConfig:
     disable_gradient_checkpointing: bool | None = key(
         None,
         "Keep all activations in memory; null does so on a CPU and recomputes them on an accelerator.",
+        elsewhere="false",
     )
     batch_layout: str = key(
         "auto",
@@ -196,6 +113,7 @@ class DataConfig:
         "What is cut: prefkit keeps the end of a prompt and most of a response; llamafactory cuts the ends "
         "of both in proportion.",
         choices=("prefkit", "llamafactory"),
+        elsewhere="llamafactory",
     )
     max_samples: int | None = key(None, "Most rows read of each data set, from its start.", minimum=1)
     mix_strategy: str = key(
@@ -205,8 +123,11 @@ class DataConfig:
         "(interleave_once).",
         choices=("concat", "interleave_under", "interleave_over", "interleave_once"),
     )
-    interleave_probs: tuple[str, ...] = key(
-        (), "Probability of drawing from each data set when they are mixed in turn; absent: strictly in turn."
+    interleave_probs: tuple[float, ...] = key(
+        (),
+        "Probability of drawing from each data set when they are mixed in turn; absent: strictly in turn.",
+        above=0,
+        maximum=1,
     )
     streaming: bool = key(
         False, "Read and encode rows while training, instead of all beforehand; needs max_steps."
@@ -217,6 +138,7 @@ class DataConfig:
         "Whether a row that cannot be used stops the run or is skipped and counted; null stops at malformed "
         "rows and skips those that can teach nothing.",
         choices=("stop", "skip"),
+        elsewhere="skip, without a count",
     )
     duplicate_prompts: str = key(
         "keep",
@@ -228,6 +150,7 @@ class DataConfig:
         "How a list of ranked responses is trained on: as one example, its prompt computed once (group), or "
         "as an example for each pair (pairs).",
         choices=("group", "pairs"),
+        stages=("dpo", "rm"),
     )
     tokenized_path: str | None = key(
         None, "Folder in which encoded rows are kept and found again; null takes one in the user's cache."
@@ -240,7 +163,9 @@ class DataConfig:
         0.0, "Rows held out of dataset for evaluation: a fraction below 1, or a count above 1.", minimum=0
     )
     default_system: str | None = key(
-        None, "System message of rows without one; null takes the template's.", verbatim=True
+        None,
+        "System message of rows without one, ${...} read as it is; null takes the template's.",
+        verbatim=True,
     )
     tool_format: str | None = key(
         None,
@@ -258,74 +183,6 @@ class DataConfig:
     )
     preserve_thinking: bool = key(False, "Keep the thoughts of earlier turns in the prompt.")
     disable_shuffling: bool = key(False, "Train on the rows in the order of the files.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """The training method and the numbers of its loss."""
-
-    stage: str = key(
-        REQUIRED,
-        "Training stage: on pairs with any pref_loss (dpo), on single judged responses (kto), a reward model "
-        "(rm) or by reinforcement (ppo); this version only checks the last three.",
-        choices=("dpo", "kto", "rm", "ppo"),
-        later=("sft", "pt"),
-        example="dpo",
-    )
-    pref_loss: str = key(
-        "sigmoid",
-        "Loss on a pair of responses.",
-        choices=("sigmoid", "hinge", "ipo", "orpo", "simpo", "kto_pair"),
-    )
-    pref_beta: float = key(
-        0.1, "Strength of the pull to the reference; scale of the reward in simpo, lambda in orpo.", above=0
-    )
-    pref_ftx: float = key(
-        0.0, "Weight of the added negative log-likelihood per token of the chosen response.", minimum=0
-    )
-    dpo_label_smoothing: float = key(
-        0.0,
-        "Share of pairs taken to be labelled the wrong way round (cDPO); for sigmoid only.",
-        minimum=0,
-        below=0.5,
-        reason="at 0.5 a label carries no signal",
-    )
-    simpo_gamma: float = key(0.5, "Margin that simpo asks of the reward, in nats.", minimum=0)
-    ld_alpha: float | None = key(
-        None,
-        "LD-DPO: weight of the tokens beyond the length of the shorter response; null leaves it out.",
-        minimum=0,
-        maximum=1,
-    )
-    ld_alpha_reference: bool = key(
-        True, "Weigh the reference's tokens by ld_alpha too; false is what LLaMA-Factory does."
-    )
-    early_stopping_steps: int | None = key(
-        None,
-        "Stop after this many evaluations in a row without a better metric_for_best_model (eval_loss "
-        "where absent).",
-        minimum=1,
-    )
-    ipo_average: bool = key(True, "Log-ratios of ipo are means per token; false takes their sums.")
-    pref_bco_weight: float = key(0.0, "Weight of the binary classifier loss (BCO) mixed in.", minimum=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """What the policy is measured against."""
-
-    ref_model: str | None = key(
-        None, "Folder or Hugging Face id of the reference; null takes what training starts from."
-    )
-    ref_model_adapters: tuple[str, ...] = key((), "Adapters merged into ref_model, in this order.")
-    ref_model_quantization_bit: int | None = key(
-        None, "Bits of the weights of ref_model: 4 or 8.", minimum=4, maximum=8
-    )
-    ref_cache: bool | None = key(
-        None,
-        "Keep the reference's log-probs on disk and read them again; null does so where rows are seen more "
-        "than once.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,14 +257,26 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How `prefkit chat` and `prefkit api` answer."""
+    """How `prefkit chat` and `prefkit api` answer, and how ppo draws the responses it learns from."""
 
-    do_sample: bool = key(True, "Draw tokens at random; false always takes the most likely one.")
-    temperature: float = key(0.95, "Divides the logits before drawing; 0 does not draw.", minimum=0)
-    top_p: float = key(0.7, "Draw from the most likely tokens of this total probability.", above=0, maximum=1)
-    top_k: int = key(50, "Draw from this many most likely tokens; 0 from all.", minimum=0)
-    repetition_penalty: float = key(1.0, "Divides the logits of tokens already there.", above=0)
-    max_new_tokens: int = key(1024, "Most tokens of one answer.", minimum=1)
+    do_sample: bool = key(
+        True, "Draw tokens at random; false always takes the most likely one.", stages=("ppo",)
+    )
+    temperature: float = key(
+        0.95, "Divides the logits before drawing; 0 does not draw.", minimum=0, stages=("ppo",)
+    )
+    top_p: float = key(
+        0.7,
+        "Draw from the most likely tokens of this total probability.",
+        above=0,
+        maximum=1,
+        stages=("ppo",),
+    )
+    top_k: int = key(50, "Draw from this many most likely tokens; 0 from all.", minimum=0, stages=("ppo",))
+    repetition_penalty: float = key(
+        1.0, "Divides the logits of tokens already there.", above=0, stages=("ppo",)
+    )
+    max_new_tokens: int = key(1024, "Most tokens of one answer.", minimum=1, stages=("ppo",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +288,9 @@ class RunConfig:
     method: MethodConfig
     reference: ReferenceConfig
     tuning: TuningConfig
+    reward: RewardConfig
+    ppo: PpoConfig
+    generation: GenerationConfig
     output: OutputConfig
     training: dict[str, Any]
 
@@ -442,11 +314,14 @@ class RunConfig:
         return getattr(getattr(self, found.group), name)
 
     def to_yaml_dict(self) -> dict[str, Any]:
-        """The resolved config as flat YAML keys, without secrets; loading them gives an equal config."""
+        """The resolved config as flat YAML keys, without secrets; loading them gives an equal config.
+
+        `${` in a text stands for itself, written `$${`.
+        """
         own = {name: self.value(name) for name in keys_of(RunConfig) if KEYS[name].group != "training"}
         values = own | self.training
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: value if KEYS[name].verbatim else escape(value)
             for name, value in values.items()
             if not is_secret(name)
         }
@@ -468,66 +343,16 @@ GROUPS: dict[str, type] = {
     "method": MethodConfig,
     "reference": ReferenceConfig,
     "tuning": TuningConfig,
+    "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "generation": GenerationConfig,
     "output": OutputConfig,
     "export": ExportConfig,
-    "generation": GenerationConfig,
 }
 
-
-def _own_keys(group: str, owner: type) -> dict[str, Key]:
-    hints = get_type_hints(owner)
-    return {
-        f.name: Key(
-            f.name,
-            group,
-            _type_names(hints[f.name]),
-            f.default,
-            nullable=f.default is None or type(None) in get_args(hints[f.name]),
-            **f.metadata,
-        )
-        for f in dataclasses.fields(owner)
-    }
-
-
-def _type_names(hint: Any) -> tuple[str, ...]:
-    if getattr(hint, "__origin__", None) is tuple:
-        return ("list",)
-    return tuple(t.__name__ for t in get_args(hint) or (hint,) if t is not type(None))
-
-
-@functools.cache
-def _training_keys() -> dict[str, Key]:
-    described = json.loads(TRAINING_FILE.read_text(encoding="utf-8"))["arguments"]
-    return {
-        row["name"]: Key(
-            row["name"],
-            "training",
-            tuple(row["types"]),
-            REQUIRED if row.get("required") else row["default"],
-            row["help"],
-            row["nullable"],
-            tuple(row["choices"]),
-            example="saves/my-run" if row.get("required") else "",
-            **_LIMITS.get(row["name"], {}),
-        )
-        for row in described
-    }
-
-
-WARMUP_RATIO = Key(
-    "warmup_ratio",
-    "training",
-    ("float",),
-    0.0,
-    "Share of all steps in which the learning rate rises; kept as warmup_steps below 1.",
-    minimum=0,
-    below=1,
-)
-
 KEYS: dict[str, Key] = {
-    **{name: k for group, owner in GROUPS.items() for name, k in _own_keys(group, owner).items()},
-    **_training_keys(),
-    WARMUP_RATIO.name: WARMUP_RATIO,
+    **{name: k for group, owner in GROUPS.items() for name, k in own_keys(group, owner).items()},
+    **training_keys(),
 }
 
 

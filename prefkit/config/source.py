@@ -91,7 +91,8 @@ def read_file(path: Path) -> tuple[list[Entry], list[Problem]]:
     try:
         return _read_json(content) if path.suffix.lower() == ".json" else _read_yaml(content)
     except yaml.YAMLError as error:
-        raise ConfigError(path, [f"is not valid YAML: {_explain(error)}"]) from None
+        hint = '; inside [ ] and { } write "${...}" in quotes' if _is_unquoted(content) else ""
+        raise ConfigError(path, [f"is not valid YAML: {_explain(error)}{hint}"]) from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(path, [f"is not valid JSON: {error.msg} ({place})"]) from None
@@ -137,6 +138,15 @@ def _pair_up(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 def _read_value(text: str) -> Any:
     if text[:1] in ("[", "{", '"', "'"):
         return _Builder().build(yaml.compose(text, Loader=_Loader))
+    return read_scalar(text)
+
+
+def read_scalar(text: str) -> Any:
+    """A text as YAML reads a plain word: a number, truth value, null or text.
+
+    >>> read_scalar("1e-6"), read_scalar("12:30"), read_scalar("true")
+    (1e-06, '12:30', True)
+    """
     tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
     return _SCALARS[tag](text)
 
@@ -230,6 +240,11 @@ class _Builder:
             return _SCALARS[node.tag](node.value)
         except ValueError:
             raise ValueError("is not a number that can be read") from None
+
+
+def _is_unquoted(content: bytes) -> bool:
+    """Whether a `${` stands within brackets without quotes, where YAML reads `{` as a mapping."""
+    return bool(re.search(rb"[\[,{:]\s*\$\{[^\n]*[\]}]\s*$", content, re.MULTILINE)) and b"[" in content
 
 
 def _explain(error: yaml.YAMLError) -> str:

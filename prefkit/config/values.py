@@ -6,19 +6,20 @@ import math
 import re
 from typing import Any
 
-from .errors import is_secret, show
-from .schema import Key
+from .errors import is_secret, looks_secret, show
+from .key import Key
 from .source import YesNo
 from .suggest import VALUE_SYNONYMS, nearest
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-_NOT_FILLED_IN = "${...} is not filled in: write the value itself"
+_HOLDS_SECRET = "holds what looks like a secret: put it into the environment, never into a config"
 _NAMES = {
     "int": ("a whole number", "8"),
     "float": ("a number", "0.1"),
     "bool": ("true or false", ""),
     "str": ("text", ""),
     "list": ("a list of names", "a,b"),
+    "numbers": ("a list of numbers", "0.7,0.3"),
     "dict": ("a mapping", "{num_cycles: 2}"),
 }
 
@@ -29,8 +30,10 @@ def convert(key: Key, value: object) -> Any:
     >>> from prefkit.config.schema import KEYS
     >>> convert(KEYS["dataset"], "pairs, more"), convert(KEYS["save_steps"], 500.0)
     (('pairs', 'more'), 500)
+    >>> convert(KEYS["interleave_probs"], "0.7,0.3")
+    (0.7, 0.3)
     """
-    result = _to_type(key, value)
+    result = _to_numbers(key, value) if key.types == ("numbers",) else _to_type(key, value)
     if isinstance(result, str):
         _check_text(key, result)
     elif isinstance(result, int | float) and not isinstance(result, bool):
@@ -42,6 +45,8 @@ def _to_type(key: Key, value: object) -> Any:
     if isinstance(value, YesNo) and "bool" in key.types:
         return bool(value)
     if isinstance(value, YesNo) and str(value) not in key.choices:
+        if key.choices:
+            raise ValueError(_wanted(key, value))
         raise ValueError(f'{value} may mean a truth value or text: write "{value}" in quotes if it is text')
     if isinstance(value, bool):
         return _same(key, "bool", value)
@@ -50,11 +55,28 @@ def _to_type(key: Key, value: object) -> Any:
     if isinstance(value, dict):
         _check_nested(value)
         return _same(key, "dict", value)
-    if isinstance(value, list):
-        return _to_list(key, value)
+    if isinstance(value, list | tuple):
+        return _to_list(key, list(value))
     if "str" in key.types:
         return str(value)
     return _to_list(key, str(value).split(","))
+
+
+def _to_numbers(key: Key, value: object) -> tuple[float, ...]:
+    """The numbers of a list, of `0.7,0.3`, or the one number that is there."""
+    items = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    numbers = []
+    for item in items:
+        text = item.strip() if isinstance(item, str) else item
+        if isinstance(text, str) and _NUMBER.match(text):
+            text = float(text)
+        if isinstance(text, bool) or not isinstance(text, int | float) or not math.isfinite(text):
+            raise ValueError(_wanted(key, value))
+        _check_number(key, text)
+        numbers.append(float(text))
+    return tuple(numbers)
 
 
 def _to_number(key: Key, value: float) -> float:
@@ -91,8 +113,8 @@ def _check_nested(value: object) -> None:
     """Refuse inside a list or mapping what would be refused outside, and secrets."""
     if isinstance(value, YesNo):
         raise ValueError(f'holds {value}: write true or false, or "{value}" in quotes if it is text')
-    if isinstance(value, str) and "${" in value:
-        raise ValueError(_NOT_FILLED_IN)
+    if isinstance(value, str) and looks_secret(value):
+        raise ValueError(_HOLDS_SECRET)
     if isinstance(value, dict):
         for name in value:
             if is_secret(name) and value[name]:
@@ -102,8 +124,8 @@ def _check_nested(value: object) -> None:
 
 
 def _check_text(key: Key, text: str) -> None:
-    if "${" in text and not key.verbatim:
-        raise ValueError(_NOT_FILLED_IN)
+    if looks_secret(text):
+        raise ValueError(_HOLDS_SECRET)
     if not key.choices or text in key.choices:
         return
     if text in key.later:

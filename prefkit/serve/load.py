@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkit.config.checks import Rules
 from prefkit.config.errors import UserError
 from prefkit.config.load import LoadedConfig, load_config, load_use_config
+from prefkit.config.rules import Rules
 from prefkit.config.schema import UseConfig
 from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 
@@ -79,8 +79,7 @@ def _usage(folder: Path) -> dict[str, Any]:
         names: tuple[str, ...] = (*_TEMPLATE, "dtype")
         if config.tuning.finetuning_type == "lora":
             names += _ADAPTED  # a model saved whole carries these itself
-        values = config.to_yaml_dict()
-        return {name: values[name] for name in names}
+        return {name: config.value(name) for name in names}
     record = read_record(folder)
     usage = record.get("usage", {}) if record else {}
     return {name: usage[name] for name in _TEMPLATE if name in usage}

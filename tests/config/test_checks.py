@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import ConfigError, load_config, load_use_config
-from prefkit.config.checks import ERRORS, EXPORT, NEEDS, TALKING, WARNINGS
+from prefkit.config.checks import CHECKING, ERRORS, NEEDS, OF_STAGES, TRAINING, WARNINGS
 from prefkit.config.foreign import FOREIGN
+from prefkit.config.key import STAGES
 from prefkit.config.schema import KEYS
+from prefkit.config.uses import EXPORT, TALKING
 
 BASE = {
     "model_name_or_path": "m",
@@ -17,6 +19,7 @@ BASE = {
     "output_dir": "out",
 }
 
+EACH = "eval_dataset: a,b\neval_on_each_dataset: true\n"
 BROKEN = {
     "report_to": "report_to: wnadb",
     "no_training": "do_train: false\ndo_eval: true\neval_dataset: held_out",
@@ -24,12 +27,27 @@ BROKEN = {
     "dataset_missing": "dataset: null",
     "length_grouping": "train_sampling_strategy: group_by_length",
     "neftune": "neftune_noise_alpha: 5",
-    "dataset_dir_remote": "dataset_dir: REMOTE:user/data",
     "val_size_one": "val_size: 1",
     "val_size_count": "val_size: 1.5",
     "held_out_twice": "val_size: 0.1\neval_dataset: more",
     "held_out_missing": "eval_strategy: epoch",
     "sample_prompts_held_out": "sample_prompts: 4",
+    "eval_on_each": "eval_on_each_dataset: true\neval_dataset: a",
+    "interleave_probs_concat": "interleave_probs: 0.5,0.5\ndataset: a,b",
+    "interleave_probs_length": "interleave_probs: 0.5,0.5\ndataset: a,b,c\nmix_strategy: interleave_under",
+    "interleave_probs_sum": "interleave_probs: 0.5,0.4\ndataset: a,b\nmix_strategy: interleave_over",
+    "streaming_steps": "streaming: true",
+    "streaming_val_size": "streaming: true\nmax_steps: 5\nval_size: 0.1",
+    "streaming_max_samples": "streaming: true\nmax_steps: 5\nmax_samples: 100",
+    "streaming_ref_cache": "streaming: true\nmax_steps: 5\nref_cache: true",
+    "kto_weights": "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 0",
+    "reward_model_missing": "stage: ppo",
+    "reward_model_tuning": "stage: ppo\nreward_model: r\nfinetuning_type: full",
+    "reward_model_address": "stage: ppo\nreward_model: localhost:80\nreward_model_type: api",
+    "reward_model_bits": "stage: ppo\nreward_model: r\nreward_model_quantization_bit: 5\n"
+    "reward_model_type: full",
+    "reward_model_merge": "stage: ppo\nreward_model: r\nreward_model_type: full\n"
+    "reward_model_quantization_bit: 4\nreward_model_adapters: a",
     "label_smoothing_loss": "pref_loss: hinge\ndpo_label_smoothing: 0.1",
     "label_smoothing_factor": "label_smoothing_factor: 0.1",
     "ref_model_reference_free": "pref_loss: orpo\nref_model: other",
@@ -59,6 +77,8 @@ BROKEN = {
     "freeze_modules": "finetuning_type: freeze\nfreeze_trainable_modules: []",
     "early_stopping_eval": "early_stopping_steps: 3",
     "best_metric": "metric_for_best_model: accuracy",
+    "best_metric_each": f"{EACH}metric_for_best_model: eval_loss",
+    "best_metric_missing": f"{EACH}eval_strategy: epoch\nearly_stopping_steps: 2",
     "best_metric_loss": "metric_for_best_model: eval_sft_loss",
     "bco_reference_free": "pref_loss: simpo\npref_beta: 2\npref_bco_weight: 1",
     "ld_alpha_reference_free": "pref_loss: orpo\nld_alpha: 0.5",
@@ -119,7 +139,30 @@ ALLOWED = [
     "pref_loss: orpo\nref_cache: false\nmetric_for_best_model: odds_ratio_loss",
     "early_stopping_steps: 3\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
     "load_best_model_at_end: true\nmetric_for_best_model: eval_rewards/margins",
+    f"{EACH}eval_strategy: epoch\nmetric_for_best_model: eval_b_rewards/margins\n"
+    "save_strategy: best\nload_best_model_at_end: true",
+    f"{EACH}pref_loss: orpo\nmetric_for_best_model: a_sft_loss",
+    "dataset: a,b\nmix_strategy: interleave_over\ninterleave_probs: 0.33,0.67",
+    "dataset: a,b\nmix_strategy: interleave_once",
+    "streaming: true\nbuffer_size: 50\nmax_steps: 5\nval_size: 10",
+    "tokenized_path: t\npreprocessing_num_workers: 2\noverwrite_cache: true\ntruncation: llamafactory",
+    "on_bad_row: skip\nduplicate_prompts: skip\nranked_responses: pairs",
     "ref_cache: true\nrope_scaling: yarn\nflash_attn: fa2\nmoe_aux_loss_coef: 0.01",
+]
+ALLOWED_TO_CHECK = [
+    "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 1.5\npref_ftx: 0.1\nref_model: r\n"
+    "ref_cache: true",
+    "stage: rm\nload_best_model_at_end: true\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
+    "metric_for_best_model: eval_accuracy\nresume_from_checkpoint: true",
+    "stage: rm\nranked_responses: pairs\nlora_dropout: 0.1",
+    "stage: rm\ndo_train: false\ndataset: null\ndo_eval: true\neval_dataset: held_out",
+    "stage: ppo\nreward_model: r\nval_size: 0.1\neval_strategy: epoch\nload_best_model_at_end: true\n"
+    "save_strategy: epoch\nreport_to: swanlab\nref_model: r",
+    "stage: ppo\nreward_model: r\nppo_epochs: 2\nppo_target: 3\nppo_buffer_size: 4\nppo_score_norm: true\n"
+    "ppo_whiten_rewards: true\ntemperature: 1\ntop_k: 0\ntop_p: 1\nmax_new_tokens: 64\n"
+    "repetition_penalty: 1.1\npissa_init: true",
+    "stage: ppo\nreward_model: http://localhost:8000/score\nreward_model_type: api",
+    "stage: ppo\nreward_model: r\nreward_model_type: full\nfinetuning_type: full\nreward_model_adapters: a",
 ]
 
 
@@ -127,11 +170,11 @@ ALLOWED = [
 def load(tmp_path: Path):
     """Load BASE with some lines changed or added."""
 
-    def run(lines: str):
+    def run(lines: str, rules=TRAINING):
         changed = BASE | dict(line.split(": ", 1) for line in lines.splitlines())
         path = tmp_path / "run.yaml"
         path.write_text("".join(f"{key}: {value}\n" for key, value in changed.items()))
-        return load_config(path)
+        return load_config(path, (), rules)
 
     return run
 
@@ -147,7 +190,7 @@ def test_every_row_has_a_name_and_a_yaml():
 @pytest.mark.parametrize("row", ERRORS, ids=lambda row: row.name)
 def test_error(load, row):
     with pytest.raises(ConfigError) as caught:
-        load(BROKEN[row.name])
+        load(BROKEN[row.name], CHECKING)
     (problem,) = caught.value.problems
     assert problem.startswith(row.keys[0] + ": " + row.message.partition("{")[0])
     assert "{" not in problem
@@ -162,6 +205,65 @@ def test_warning(load, row):
 @pytest.mark.parametrize("lines", ALLOWED)
 def test_allowed(load, lines):
     assert load(lines).warnings == ()
+
+
+@pytest.mark.parametrize("lines", ALLOWED_TO_CHECK)
+def test_allowed_to_check(load, lines):
+    assert load(lines, CHECKING).warnings == ()
+
+
+@pytest.mark.parametrize("lines", ["", "val_size: 0.1\ndo_train: false\nref_model: r", "eval_dataset: a"])
+def test_val_size_needs_a_data_set_to_take_rows_from(load, lines):
+    with pytest.raises(ConfigError):
+        load("dataset: null\nval_size: 0.1\n" + lines)
+
+
+@pytest.mark.parametrize("metric", ["eval_c_loss", "a_", "eval_a_accuracy", "a_eval_loss"])
+def test_a_metric_of_one_data_set_names_it(load, metric):
+    with pytest.raises(ConfigError, match="eval_NAME_METRIC: a NAME of eval_dataset, and for METRIC one of"):
+        load(f"{EACH}metric_for_best_model: {metric}")
+
+
+def test_a_data_set_may_begin_like_another(load):
+    lines = "eval_dataset: a,a_b\neval_on_each_dataset: true\nmetric_for_best_model: eval_a_b_loss"
+    assert load(lines).warnings == ()
+
+
+def test_a_part_of_another_loss_is_no_metric_of_a_data_set(load):
+    with pytest.raises(ConfigError, match="is not measured with pref_loss: sigmoid"):
+        load(f"{EACH}metric_for_best_model: eval_a_sft_loss")
+
+
+@pytest.mark.parametrize("row", OF_STAGES, ids=lambda row: row.key)
+def test_a_key_of_another_stage_is_named(load, row):
+    """Each key that not all stages read, with a stage that does not."""
+    key = KEYS[row.key]
+    stage = next(stage for stage in STAGES if stage not in key.stages)
+    value = OTHERWISE.get(row.key) or (str(not key.default).lower() if key.types == ("bool",) else "0.5")
+    lines = f"stage: {stage}\n{row.key}: {value}" + ("\nreward_model: r" if stage == "ppo" else "")
+    (warning,) = load(lines, CHECKING).warnings
+    assert warning.startswith("without effect: ")
+    assert f"{row.key} (needs stage: {' or '.join(key.stages)})" in warning
+
+
+OTHERWISE = {
+    "ranked_responses": "pairs",
+    "pref_loss": "orpo",
+    "dpo_label_smoothing": "0.1",
+    "ref_model": "r",
+    "ref_model_adapters": "a\nref_model: r",
+    "ref_model_quantization_bit": "8\nref_model: r",
+    "simpo_gamma": "1",
+    "reward_model": "r",
+    "reward_model_type": "full",
+    "reward_model_adapters": "a",
+    "reward_model_quantization_bit": "8",
+    "ppo_buffer_size": "2",
+    "ppo_epochs": "2",
+    "top_k": "5",
+    "max_new_tokens": "5",
+    "ref_cache": "true",
+}
 
 
 def test_the_text_on_a_reference_of_a_reference_free_loss_stands_alone(load):
@@ -198,10 +300,21 @@ def test_forgotten_do_train_says_what_evaluation_alone_needs_at_once(load):
 
 
 MEASURED = "do_train: false\nadapter_name_or_path: a\ndo_eval: true\neval_dataset: held_out"
+STREAMED = "streaming: true\nmax_steps: 5\n"
 IDLE = {
     "simpo_gamma": "simpo_gamma: 1",
     "ipo_average": "ipo_average: false",
     "ld_alpha_reference": "ld_alpha_reference: false",
+    "mix_strategy": "mix_strategy: interleave_under",
+    "buffer_size": "buffer_size: 5",
+    "tokenized_path": f"{STREAMED}tokenized_path: t",
+    "overwrite_cache": f"{STREAMED}overwrite_cache: true",
+    "preprocessing_num_workers": f"{STREAMED}preprocessing_num_workers: 2",
+    "reward_model_adapters": "stage: ppo\nreward_model: r\nreward_model_adapters: a",
+    "reward_model_quantization_bit": "stage: ppo\nreward_model: r\nreward_model_quantization_bit: 4",
+    "temperature": "stage: ppo\nreward_model: r\ntemperature: 0.5\ndo_sample: false",
+    "top_p": "stage: ppo\nreward_model: r\ntop_p: 0.5\ndo_sample: false",
+    "top_k": "stage: ppo\nreward_model: r\ntop_k: 5\ndo_sample: false",
     "dataset": MEASURED,
     "sample_prompts": MEASURED + "\ndataset: null\nsample_prompts: 2",
     "sample_max_new_tokens": "sample_max_new_tokens: 9",
@@ -231,7 +344,7 @@ IDLE = {
 
 @pytest.mark.parametrize("row", NEEDS, ids=lambda row: row.key)
 def test_a_key_without_effect_is_named(load, row):
-    assert load(IDLE[row.key]).warnings == (f"without effect: {row.key} (needs {row.condition})",)
+    assert load(IDLE[row.key], CHECKING).warnings == (f"without effect: {row.key} (needs {row.condition})",)
 
 
 def test_keys_without_effect_share_one_warning_and_off_is_silent(load):
@@ -247,7 +360,12 @@ USE_BROKEN = {
     "talking_bits": "quantization_bit: 6",
     "talking_adapters": "quantization_bit: 4\nadapter_name_or_path: a,b",
     "talking_tokens": "quantization_bit: 8\nadd_tokens: <x>",
+    "infer_dtype": "infer_dtype: float16",
+    "num_beams": "num_beams: 4",
+    "max_length": "max_length: 512",
+    "skip_special_tokens": "skip_special_tokens: false",
     "export_dir": "export_dir: null",
+    "export_legacy": "export_legacy_format: true",
     "export_quantized": "quantization_bit: 4",
     "export_quantization": "export_quantization_bit: 4",
     "export_hub": "export_hub_model_id: me/mine",
@@ -336,7 +454,12 @@ def test_allowed_for_a_use(use, name, lines):
         ("talking", "stage: dpo\nlora_rank: 4", "lora_rank, stage"),
         ("talking", "dataset: a\nbatch_layout: shared\ntemplate: x", "batch_layout, dataset"),
         ("talking", "export_dir: out\nexport_size: 9", "export_dir, export_size"),
-        ("talking", "num_beams: 4\nskip_special_tokens: false\nuse_unsloth: true", "num_beams, use_unsloth"),
+        (
+            "talking",
+            "length_penalty: 4\nvllm_maxlen: 5\nuse_unsloth: true",
+            "length_penalty, use_unsloth, vllm_maxlen",
+        ),
+        ("talking", "on_bad_row: skip\nstreaming: true", "on_bad_row, streaming"),
         ("export", "temperature: 0.5\ndouble_quantization: false", "double_quantization, temperature"),
         ("export", "infer_backend: vllm\nref_model: r\nval_size: 5", "infer_backend, ref_model, val_size"),
     ],
@@ -347,5 +470,6 @@ def test_keys_of_another_use_are_named(use, name, lines, unused):
 
 def test_training_names_the_keys_of_export_and_generation(load):
     assert load("export_dir: out\nmax_new_tokens: 5\ntop_p: 0.9").warnings == (
-        "not used here: export_dir, max_new_tokens, top_p",
+        "without effect: top_p (needs stage: ppo), max_new_tokens (needs stage: ppo)",
+        "not used here: export_dir",
     )

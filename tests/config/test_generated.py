@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefkit.config.schema import KEYS, TRAINING_FILE
+from prefkit.config.schema import KEYS
+from prefkit.config.training import TRAINING_FILE
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,6 +7,7 @@ import torch
 
 from prefkit.config import TuningConfig
 from prefkit.config.foreign import FOREIGN
+from prefkit.config.key import STAGES
 from prefkit.config.schema import GROUPS, KEYS, METRICS, PART_METRICS, RunConfig, UseConfig, keys_of
 from prefkit.objectives.logps import PairLogps
 from prefkit.objectives.metrics import pairwise_metrics
@@ -22,14 +23,19 @@ PINNED = {
         "double_quantization": True, "disable_gradient_checkpointing": None, "batch_layout": "auto",
     },
     "data": {
-        "template": None, "dataset": (), "eval_dataset": (), "dataset_dir": "data", "cutoff_len": 2048,
-        "max_samples": None, "val_size": 0.0, "default_system": None, "tool_format": None,
+        "template": None, "dataset": (), "eval_dataset": (), "eval_on_each_dataset": False,
+        "dataset_dir": "data", "cutoff_len": 2048, "truncation": "prefkit", "max_samples": None,
+        "mix_strategy": "concat", "interleave_probs": (), "streaming": False, "buffer_size": 16384,
+        "on_bad_row": None, "duplicate_prompts": "keep", "ranked_responses": "group", "tokenized_path": None,
+        "overwrite_cache": False, "preprocessing_num_workers": None, "val_size": 0.0, "default_system": None,
+        "tool_format": None,
         "enable_thinking": True, "preserve_thinking": False, "disable_shuffling": False,
     },
     "method": {
         "stage": REQUIRED, "pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0,
         "dpo_label_smoothing": 0.0, "simpo_gamma": 0.5, "ld_alpha": None, "ld_alpha_reference": True,
         "early_stopping_steps": None, "ipo_average": True, "pref_bco_weight": 0.0,
+        "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0,
     },
     "reference": {
         "ref_model": None, "ref_model_adapters": (), "ref_model_quantization_bit": None, "ref_cache": None,
@@ -41,15 +47,23 @@ PINNED = {
         "loraplus_lr_embedding": 1e-6, "freeze_trainable_layers": 2, "freeze_trainable_modules": ("all",),
         "freeze_extra_modules": (), "pure_bf16": False,
     },
+    "reward": {
+        "reward_model": None, "reward_model_type": "lora", "reward_model_adapters": (),
+        "reward_model_quantization_bit": None,
+    },
+    "ppo": {
+        "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_score_norm": False, "ppo_target": 6.0,
+        "ppo_whiten_rewards": False,
+    },
+    "generation": {
+        "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0,
+        "max_new_tokens": 1024,
+    },
     "output": {
         "overwrite_output_dir": False, "plot_loss": False, "sample_prompts": 0,
         "sample_max_new_tokens": 256,
     },
     "export": {"export_dir": None, "export_size": 5, "export_device": "cpu"},
-    "generation": {
-        "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0,
-        "max_new_tokens": 1024,
-    },
 }  # fmt: skip
 
 
@@ -61,15 +75,18 @@ def test_our_keys_and_defaults(group):
 
 def test_groups_are_the_fields_of_the_configs():
     run, use = ([field.name for field in dataclasses.fields(config)] for config in (RunConfig, UseConfig))
-    assert run == ["model", "data", "method", "reference", "tuning", "output", "training"]
+    assert run == [
+        *("model", "data", "method", "reference", "tuning"),
+        *("reward", "ppo", "generation", "output", "training"),
+    ]
     assert use == ["model", "data", "export", "generation"]
     assert {*run, *use} == {*GROUPS, "training"}
 
 
 def test_the_keys_of_a_config_are_those_of_its_groups():
-    groups = ("model", "data", "export", "generation")
+    groups = ("model", "data", "generation", "export")
     assert keys_of(UseConfig) == [name for group in groups for name in PINNED[group]]
-    assert {*keys_of(RunConfig), *PINNED["export"], *PINNED["generation"]} == {*KEYS}
+    assert {*keys_of(RunConfig), *PINNED["export"]} == {*KEYS}
 
 
 def test_metrics_are_those_of_the_objectives():
@@ -92,6 +109,7 @@ def test_every_key_is_described(key):
         assert ". " not in key.help, "one sentence"
     if key.choices and isinstance(key.default, str):
         assert key.default in key.choices
+    assert set(key.stages) <= set(STAGES) and key.stages
     if key.limits and isinstance(key.default, int | float):
         assert key.admits(key.default)
     if key.name not in FOREIGN:
@@ -148,6 +166,10 @@ moe_aux_loss_coef quantization_bit quantization_type double_quantization early_s
 ref_model ref_model_adapters ref_model_quantization_bit pissa_init pissa_iter loraplus_lr_ratio
 loraplus_lr_embedding freeze_trainable_layers freeze_trainable_modules freeze_extra_modules do_sample
 temperature top_p top_k repetition_penalty max_new_tokens export_dir export_size export_device
+eval_on_each_dataset mix_strategy interleave_probs streaming buffer_size tokenized_path overwrite_cache
+preprocessing_num_workers kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm
+ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit
+reward_model_type
 """
 
 
@@ -159,7 +181,8 @@ def test_a_key_that_is_implemented_is_foreign_no_more(name):
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_keys_say_nothing_at_their_default(name):
     row = FOREIGN[name]
-    assert row.is_off(row.default) and row.is_off(None) and row.is_off(False)
+    assert row.is_off(row.default) and row.is_off(None)
+    assert row.is_off(False) is (row.default is not True)
     assert row.hint
 
 

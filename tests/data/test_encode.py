@@ -91,3 +91,27 @@ def test_equal_after_cutting(tokenizer) -> None:
 def test_no_room_for_a_prompt(tokenizer) -> None:
     with pytest.raises(Degenerate, match="no room for the prompt"):
         encode(tokenizer, example((Message("system", "S" * 90), Message("user", "q")), "c", "r"), 100)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "expected"),
+    [
+        (300, (100, 20), (105, (100, 20))),  # the responses are short: the prompt loses its end
+        (100, (300, 120), (100, (105, 105))),  # the prompt is short: both responses lose theirs
+        (300, (300, 100), (103, (102, 100))),  # both are long
+        (30, (300, 10), (30, (175, 10))),
+    ],
+)
+def test_truncation(tokenizer, prompt: int, responses: tuple, expected: tuple) -> None:
+    """LLaMA-Factory's rule on token counts, and what is left are the first tokens, without an end token."""
+    texts = [Response(letter + "r" * (n - 1), "chosen") for n, letter in zip(responses, "xy", strict=True)]
+    row = Example((Message("user", "q" * prompt),), tuple(texts), "f:1", (Pair(0, 1),))
+    template = ChatTemplate(tokenizer, "empty")
+    whole = encode_example(row, template, 10_000)
+    found = encode_example(row, template, 205, truncation="llamafactory")
+    assert found.truncated
+    lengths = (len(found.prompt_ids), tuple(map(len, found.response_ids)))
+    assert lengths == expected
+    assert found.prompt_ids == whole.prompt_ids[: lengths[0]]
+    assert found.response_ids[0] == whole.response_ids[0][: lengths[1][0]]
+    assert encode_example(row, template, 205).prompt_ids[-10:] == whole.prompt_ids[-10:], "ours keeps the end"

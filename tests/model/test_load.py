@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,39 @@ def config(path: object, **keys: object) -> ModelConfig:
 def test_dtype_is_that_of_the_checkpoint_unless_given(tiny_model: Path) -> None:
     assert load_causal_lm(config(tiny_model)).dtype == torch.float32
     assert load_causal_lm(config(tiny_model, dtype="bfloat16")).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What transformers is asked for when a model is read."""
+    options: dict[str, Any] = {}
+
+    def read(path: object, **given: Any) -> torch.nn.Module:
+        options.update(given, path=path)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
+    return options
+
+
+def test_what_is_fetched_is_what_was_asked_for(asked: dict[str, Any]) -> None:
+    keys = {"model_revision": "v2", "cache_dir": "/models", "trust_remote_code": True}
+    load_causal_lm(config("me/mine", **keys))
+    assert (asked["path"], asked["revision"]) == ("me/mine", "v2")
+    assert (asked["cache_dir"], asked["trust_remote_code"]) == ("/models", True)
+    load_causal_lm(config("me/mine"))
+    assert (asked["revision"], asked["cache_dir"], asked["trust_remote_code"]) == ("main", None, False)
+
+
+@pytest.mark.parametrize(("quantization_type", "double_quantization"), [("nf4", True), ("fp4", False)])
+def test_how_weights_are_quantised(
+    asked: dict[str, Any], quantization_type: str, double_quantization: bool
+) -> None:
+    keys = {"quantization_type": quantization_type, "double_quantization": double_quantization}
+    load_causal_lm(config("me/mine", quantization_bit=4, **keys))
+    wanted = asked["quantization_config"]
+    assert (wanted.bnb_4bit_quant_type, wanted.bnb_4bit_use_double_quant) == tuple(keys.values())
+    assert (wanted.load_in_4bit, wanted.load_in_8bit) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,20 @@ def test_extremes_of_sampling(plain: Assistant) -> None:
         assert "".join(respond(plain, HELLO, Sampling(max_new_tokens=4, **changes)))  # type: ignore[arg-type]
 
 
+def test_one_token_to_draw_from_is_the_likeliest(plain: Assistant) -> None:
+    greedy = "".join(respond(plain, HELLO, GREEDY))
+    for changes in ({"top_k": 1}, {"top_p": 1e-9, "top_k": 0}):
+        sampling = Sampling(max_new_tokens=24, temperature=1.0, seed=1, **changes)  # type: ignore[arg-type]
+        assert "".join(respond(plain, HELLO, sampling)) == greedy
+    assert "".join(respond(plain, HELLO, Sampling(max_new_tokens=24, temperature=9.0, seed=1))) != greedy
+
+
+def test_repetition_penalty_asks_for_other_tokens(plain: Assistant) -> None:
+    text = "".join(respond(plain, HELLO, GREEDY))
+    other = "".join(respond(plain, HELLO, replace(GREEDY, repetition_penalty=100.0)))
+    assert len({*other}) / len(other) > len({*text}) / len(text)
+
+
 def test_an_event_stops_an_answer(plain: Assistant) -> None:
     stop = threading.Event()
     script(plain, "one two three four five", lambda number: number == 9 and stop.set())

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config import ConfigError
-from prefkit.config.checks import EXPORT
 from prefkit.config.errors import UserError
+from prefkit.config.uses import EXPORT
 from prefkit.model.errors import ModelError
 from prefkit.model.generate import generate_responses
 from prefkit.serve import export as export_module
@@ -85,6 +85,20 @@ def test_the_folder_has_all_that_a_reader_needs(write_config, tmp_path: Path) ->
 
 def make_end_id(folder: Path) -> int:
     return int(AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_export_device_is_where_adapters_are_merged(
+    write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    run(write_config())
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda: asked.append("asked") or torch.device("cpu")
+    )
+    write(tmp_path / "out", tmp_path / "one", "export_device=cpu")
+    assert not asked
+    write(tmp_path / "out", tmp_path / "other", "export_device=auto")
+    assert asked
 
 
 def test_files_are_no_larger_than_asked(

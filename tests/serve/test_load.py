@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from prefkit.config import ConfigError
-from prefkit.config.checks import TALKING
 from prefkit.config.errors import UserError
+from prefkit.config.uses import TALKING
 from prefkit.data.examples import Message
 from prefkit.model.errors import ModelError
 from prefkit.serve.load import load_assistant, load_model, read_use_config

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config import load_config
-from prefkit.config.checks import EXPORT
+from prefkit.config.uses import EXPORT
 from prefkit.data.examples import Message
 from prefkit.runs.report import make_console
 from prefkit.serve.assistant import Sampling, respond

@@ -54,6 +54,25 @@ def test_sigmoid(monkeypatch) -> None:
     assert output.metrics["logps/rejected"].tolist() == [-5.0, -6.0]
 
 
+def test_dpo_label_smoothing_weighs_both_signs(monkeypatch) -> None:
+    _, output = compute(monkeypatch, pref_beta=0.5, dpo_label_smoothing=0.2)
+    expected = [-0.8 * logsigmoid(x) - 0.2 * logsigmoid(-x) for x in (1.0, 1.5)]
+    assert output.losses.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("average", "margins"), [(True, [1.5, 5 / 3]), (False, [2.0, 3.0])])
+def test_ipo_average_takes_means_or_sums(monkeypatch, average: bool, margins: list[float]) -> None:
+    """Log-ratios per token: 1 / 2, -1 | 1, -2 / 3."""
+    _, output = compute(monkeypatch, pref_loss="ipo", pref_beta=0.5, ipo_average=average)
+    assert output.losses.tolist() == pytest.approx([(margin - 1) ** 2 for margin in margins])
+
+
+def test_simpo_gamma_is_a_margin_of_rewards(monkeypatch) -> None:
+    """Log-probs per token: -1.5, -5 | -1, -2."""
+    _, output = compute(monkeypatch, pref_loss="simpo", pref_beta=2.0, simpo_gamma=0.25)
+    assert output.losses.tolist() == pytest.approx([-logsigmoid(7.0 - 0.25), -logsigmoid(2.0 - 0.25)])
+
+
 @pytest.mark.parametrize(("both", "margins"), [(True, [2.0, 2.0]), (False, [3.0, 0.5])])
 def test_ld_alpha_on_one_side_or_both(monkeypatch, both: bool, margins: list[float]) -> None:
     """alpha 0.5 on the second token of response 0 and the last two of response 3.

@@ -149,6 +149,25 @@ def test_loraplus_learns_b_faster(write_config, tmp_path: Path, monkeypatch: pyt
     assert not same(tmp_path / "out", tmp_path / "plain")
 
 
+def test_loraplus_has_a_rate_for_embeddings(write_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: dict[str, set[float]] = {}
+    original = PrefTrainer.create_optimizer
+
+    def note(self: PrefTrainer, model: Any = None) -> Any:
+        optimizer = original(self, model)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rates.setdefault(names[id(parameter)].rpartition("lora_")[2], set()).add(group["lr"])
+        return optimizer
+
+    monkeypatch.setattr(PrefTrainer, "create_optimizer", note)
+    keys = {"lora_target": "q_proj,embed_tokens", "loraplus_lr_embedding": 3e-4}
+    run(write_config(loraplus_lr_ratio=16, learning_rate=1e-3, **keys))
+    assert rates["embedding_A.default"] == rates["embedding_B.default"] == {3e-4}
+    assert rates["A.default.weight"] == {1e-3}
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
 def test_pissa_is_saved_for_the_base_as_it_was(
     write_config, tmp_path: Path, tiny_model: Path, loss: str
