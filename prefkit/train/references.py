@@ -41,6 +41,23 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def wants_cache(config: RunConfig, args: TrainingArguments, model_config: Any, num_rows: int) -> bool:
+    """Whether `num_rows` rows to train on are seen more than once, or the YAML says so.
+
+    Raises `UserError` where it says so and log-probs cannot be kept.
+    """
+    wanted = config.reference.ref_cache
+    why_not = batch_dependence(model_config, config.data.cutoff_len)
+    if why_not and wanted:
+        raise UserError(f"ref_cache: {why_not}: remove it")
+    if wanted is not None or why_not or not config.training.get("do_train"):
+        return bool(wanted)
+    if args.max_steps <= 0:
+        return args.num_train_epochs > 1
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps * per_step > num_rows
+
+
 @dataclass(frozen=True)
 class ReferenceBuilder:
     """What the reference of a run is made from."""
@@ -113,18 +130,7 @@ class ReferenceBuilder:
         return nullcontext()
 
     def _wants_cache(self) -> bool:
-        """Whether rows are seen more than once, or the YAML says so."""
-        wanted = self.config.reference.ref_cache
-        why_not = batch_dependence(self.policy.base.config, self.config.data.cutoff_len)
-        if why_not and wanted:
-            raise UserError(f"ref_cache: {why_not}: remove it")
-        if wanted is not None or why_not or not self.config.training.get("do_train"):
-            return bool(wanted)
-        args = self.args
-        if args.max_steps <= 0:
-            return args.num_train_epochs > 1
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * per_step > len(self.pairs.train)
+        return wants_cache(self.config, self.args, self.policy.base.config, len(self.pairs.train))
 
     def _with_cache(self) -> CachedReference:
         store = LogpsStore(cache_root(self.config.model.cache_dir), self._facts(), self.say)
