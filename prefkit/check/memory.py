@@ -1,14 +1,13 @@
 """Peak memory of a training by part, from the config of a model and the lengths of its data.
 
-Weights, adapter, reference and optimiser are counted from the tensors that a run makes. Gradients, activations and
-logits are those that live at the fullest moment of a rehearsed step (`rehearsal.py`). None of these has a
-coefficient. On a CPU come two terms of the process, measured on a random Llama of 4 layers
+Weights, adapter, reference and optimiser are counted from the tensors that a run makes. Gradients,
+activations and logits are those that live at the fullest moment of a rehearsed step (`rehearsal.py`). None of
+these has a coefficient. On a CPU come two terms of the process, measured on a random Llama of 4 layers
 (`benchmarks/memory_estimate.py --fit` computes them from `benchmarks/results/memory.json`):
 
 - `process`: what libraries and the interpreter take beyond their imports.
-- `kept`: freed memory that the C library keeps. Blocks up to 32 MiB come from a heap whose holes are seldom filled
-  again, since an aligned request is larger than the hole that the same request left. What piles up goes with the
-  activations of all layers, whether checkpointing keeps them or not.
+- `kept`: freed memory that the C library keeps. Blocks up to 32 MiB come from a heap whose holes are seldom
+  filled again. What piles up goes with the activations of all layers, whether checkpointing keeps them or not.
 """
 
 from __future__ import annotations

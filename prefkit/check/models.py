@@ -41,6 +41,7 @@ class Models:
     layout: Layout
     sizes: dict[str, int]
     config: Any  # of the model
+    needs_reference: bool  # whether the loss does, from a cache or not
 
     @property
     def num_weights(self) -> tuple[int, int]:
@@ -80,7 +81,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
         accumulates=args.gradient_accumulation_steps > 1,
         learns=bool(args.do_train),
     )
-    return Models(rehearsal, layout, sizes, base.config)
+    return Models(rehearsal, layout, sizes, base.config, needs)
 
 
 def _build_base(config: ModelConfig, vocabulary: int) -> tuple[Any, bool]:
@@ -194,7 +195,7 @@ def _weight_bytes(model: nn.Module, config: ModelConfig) -> dict[str, int]:
 def optimiser_bytes(args: TrainingArguments, policy: nn.Module) -> int:
     """Bytes that the optimiser keeps, counted after an update without numbers.
 
-    An optimiser that looks at numbers cannot be run so; it is taken to keep what Adam keeps, two for a weight.
+    An optimiser that looks at numbers cannot be run so; it is taken to keep what Adam keeps, two for each.
     """
     from transformers import Trainer
 

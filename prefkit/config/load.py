@@ -28,7 +28,9 @@ class LoadedConfig(NamedTuple, Generic[Config]):
     warnings: tuple[str, ...]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[RunConfig]:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), rules: Rules = TRAINING
+) -> LoadedConfig[RunConfig]:
     """Read a config file, then `key=value` overrides; ConfigError holds all that is wrong with them.
 
     A key of TrainingArguments or of this project sets its value; null stands for the default where it
@@ -36,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     `lr_scheduler_kwargs.num_cycles=2`. A key that only LLaMA-Factory knows is passed over or refused, see
     `foreign`; any other is an error that names the nearest key.
     """
-    return _load(Path(path), overrides, {}, TRAINING, RunConfig)
+    return _load(Path(path), overrides, {}, rules, RunConfig)
 
 
 def load_use_config(
