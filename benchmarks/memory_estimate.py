@@ -1,8 +1,8 @@
 """Estimated against measured peak memory of real trainings: six runs of SmolLM2-135M-Instruct.
 
-Measured is the largest resident set of `prefkit train` in a process of its own, less the resident set after its
-imports. The estimate is that of `prefkit check`, made in another process. A run has four rows, so that four
-steps take its largest micro-batch. `bf16` is `bf16: true`: the forward in bfloat16.
+Measured is the largest resident set of `prefkit train` in a process of its own, less the resident set after
+its imports. The estimate is that of `prefkit check`, made in another process. A run has four rows, so that
+four steps take its largest micro-batch. `bf16` is `bf16: true`: the forward in bfloat16.
 
 `--fit` prints the two measured numbers of prefkit/check/memory.py. They come from the curves of
 `memory.json` (a random Llama of 4 layers, see memory.py), in which none of the six runs is.
@@ -22,8 +22,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from peak import resident_bytes, resident_peak, restart_resident_peak
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,6 +57,7 @@ def train(config: Path) -> dict[str, float]:
     """Peak of a training above the imports, in bytes; to be called in a fresh process."""
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from peak import resident_bytes, resident_peak, restart_resident_peak
 
     from prefkit.cli import _quiet_libraries
     from prefkit.config import load_config
@@ -120,10 +119,10 @@ def table(results: dict[str, Any]) -> str:
 def fit() -> tuple[float, float]:
     """(bytes of the process, bytes kept for a byte of activations).
 
-    The first is the median of what was resident beyond the peak where all logits exist: their blocks go back to
-    the system. The second is the slope of the rest over the activations of the same step without
-    checkpointing, by least squares through the curves of length and batch; the longest repeated row is left out,
-    whose masks are larger than the heap's blocks.
+    The first is the median of what was resident beyond the peak where all logits exist: their blocks go back
+    to the system. The second is the slope of the rest over the activations of the same step without
+    checkpointing, by least squares through the curves of length and batch; the longest repeated row is left
+    out, whose masks are larger than the heap's blocks.
     """
     curves = json.loads((RESULTS / "memory.json").read_text())
 

@@ -22,32 +22,30 @@ class Advice:
 
 
 def find_advice(config: RunConfig, budget: int, peak_with: Callable[[RunConfig], int]) -> Advice | None:
-    """The first change that fits into `budget` bytes, in the order of what it costs; then several together,
-    each added that lowers the peak. None where nothing suffices. `peak_with` gives the bytes of a config."""
-    for keys, cost in _changes(config):
-        total = peak_with(change(config, keys))
-        if total <= budget:
-            return Advice(keys, cost, total)
+    """The change that fits into `budget` bytes and costs least, or None where nothing suffices.
+
+    Changes are tried in the order of what they cost, each by itself and upon all before it that lower the
+    peak. `peak_with` gives the bytes of a config.
+    """
     together: Keys = {}
     costs: list[str] = []
     lowest = peak_with(config)
-    done: set[str] = set()
-    # Each change is made upon those before, so that the list is read anew after each.
-    while step := next(((k, c) for k, c in _changes(change(config, together)) if c not in done), None):
+    tried: list[Keys] = []
+    # What is possible depends on what was changed: a batch can be made smaller again.
+    while step := next((it for it in _changes(change(config, together)) if it[0] not in tried), None):
         keys, cost = step
-        done.add(cost)
-        total = peak_with(change(config, together | keys))
+        tried.append(keys)
+        total = peak_with(change(config, keys))
+        if total <= budget:
+            return Advice(keys, cost, total)
+        if together:
+            total = peak_with(change(config, together | keys))
         if total < lowest:
             together, lowest = together | keys, total
-            costs += [cost] if cost not in costs else []
-            done -= {cost} if _may_repeat(keys) else set()
+            costs = [*costs, cost] if cost not in costs else costs
         if lowest <= budget:
             return Advice(together, "; ".join(costs), lowest)
     return None
-
-
-def _may_repeat(keys: Keys) -> bool:
-    return "per_device_train_batch_size" in keys or "cutoff_len" in keys
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[Keys, str]]:

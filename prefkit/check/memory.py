@@ -7,7 +7,8 @@ these has a coefficient. On a CPU come two terms of the process, measured on a r
 
 - `process`: what libraries and the interpreter take beyond their imports.
 - `kept`: freed memory that the C library keeps. Blocks up to 32 MiB come from a heap whose holes are seldom
-  filled again. What piles up goes with the activations of all layers, whether checkpointing keeps them or not.
+  filled again. What piles up goes with the activations of all layers, whether checkpointing keeps them or
+  not.
 """
 
 from __future__ import annotations

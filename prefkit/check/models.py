@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from prefkit.check.rehearsal import Rehearsal, without_numbers
 from prefkit.config.schema import ModelConfig, RunConfig, TuningConfig
 from prefkit.data.packing import Layout
-from prefkit.model.adapter import base_of, find_adapter, linear_names, read_adapter_config
+from prefkit.model.adapter import base_of, find_adapter, read_adapter_config
 from prefkit.model.attention import plain_implementation
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.tuning import prepare_for_training
@@ -174,9 +174,12 @@ def _weight_bytes(model: nn.Module, config: ModelConfig) -> dict[str, int]:
     base = base_of(model)
     quantized: set[int] = set()
     if config.quantization_bit is not None:
-        names = linear_names(base)
-        layers = [m for name, m in base.named_modules() if name.rsplit(".", 1)[-1] in names]
-        quantized = {id(getattr(m, "base_layer", m).weight) for m in layers}
+        head = base.get_output_embeddings()
+        quantized = {
+            id(module.weight)
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and not _is_adapter(name)
+        }
     bits = float(config.quantization_bit or 0)
     bits += _CONSTANTS[config.double_quantization] if bits == 4 else 0
     sizes = {"weights": 0, "adapter": 0}
@@ -186,10 +189,13 @@ def _weight_bytes(model: nn.Module, config: ModelConfig) -> dict[str, int]:
         if id(weights) in quantized:
             unpacked = max(unpacked, size)
             size = int(weights.numel() * bits / 8)
-        is_adapter = any(part in name for part in _INSIDE_ADAPTER)
-        sizes["adapter" if is_adapter else "weights"] += size
+        sizes["adapter" if _is_adapter(name) else "weights"] += size
     sizes["weights"] += unpacked + sum(it.numel() * it.element_size() for it in model.buffers())
     return sizes
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in _INSIDE_ADAPTER)
 
 
 def optimiser_bytes(args: TrainingArguments, policy: nn.Module) -> int:

@@ -58,7 +58,7 @@ def write_json(report: Report, file: IO[str]) -> None:
 
 def _heading(console: Console, text: str) -> None:
     console.print()
-    console.print(Text(text, style="bold"))
+    console.print(Text(text, style="bold", overflow="fold"), soft_wrap=False)
 
 
 def _warn(console: Console, text: str) -> None:
