@@ -73,7 +73,10 @@ def _changes(config: RunConfig) -> Iterator[tuple[Keys, str]]:
     if not full and config.model.dtype == "float32":
         yield {"dtype": "bfloat16", "bf16": True}, "frozen weights in bfloat16: rounded"
     if full:
-        yield {"finetuning_type": "lora"}, "an adapter is trained instead of the weights"
+        yield (
+            {"finetuning_type": "lora"},
+            "an adapter is trained instead of the weights; its learning_rate is some 20 times larger",
+        )
     elif (
         config.model.quantization_bit is None and not config.merged_adapters and not config.tuning.pissa_init
     ):
