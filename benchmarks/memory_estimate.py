@@ -97,7 +97,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             config = write_config(name, args, Path(folder))
             parts = in_process("estimate", config)
-            found = in_process("train", config)
+            known = {key: results.get(name, {}).get(key) for key in ("imports", "measured")}
+            found = known if args.keep and known["measured"] else in_process("train", config)
         estimated = sum(parts.values())
         ratio = round(estimated / found["measured"], 3)
         results[name] = {**found, "estimated": estimated, "ratio": ratio, "parts": parts}
@@ -120,9 +121,9 @@ def fit() -> tuple[float, float]:
     """(bytes of the process, bytes kept for a byte of activations).
 
     The first is the median of what was resident beyond the peak where all logits exist: their blocks go back
-    to the system. The second is the slope of the rest over the activations of the same step without
-    checkpointing, by least squares through the curves of length and batch; the longest repeated row is left
-    out, whose masks are larger than the heap's blocks.
+    to the system. The second is the median, over the curves of length and batch, of the rest over the
+    activations of the same step without checkpointing: a median of ratios, since an error counts by its share
+    of the peak. The longest repeated row is left out, whose masks are larger than the heap's blocks.
     """
     curves = json.loads((RESULTS / "memory.json").read_text())
 
@@ -130,15 +131,14 @@ def fit() -> tuple[float, float]:
         return float(row["resident"] - row["libraries"] - row["peak"])
 
     process = statistics.median(excess(row) for row in curves["vocabulary"] if row["all_logits"])
-    products, squares = 0.0, 0.0
+    ratios = []
     for rows in (curves["length"], curves["batch"]):
         plain = {(row["series"], row["x"]): row["activations"] for row in rows}
         for row in rows:
             activations = plain[row["series"].removesuffix(", checkpointing"), row["x"]]
             if row["series"] != "accumulated" and activations < 1e9:
-                products += activations * (excess(row) - process)
-                squares += activations**2
-    return process, products / squares
+                ratios.append((excess(row) - process) / activations)
+    return process, statistics.median(ratios)
 
 
 def main() -> None:
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--cutoff", type=int, default=512)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS), help="none: the table only")
+    parser.add_argument("--keep", action="store_true", help="estimate again, and keep what was measured")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 PROCESS = 89_000_000  # bytes
-KEPT = 0.79  # bytes kept for a byte of activations in blocks up to HEAP_LIMIT
+KEPT = 0.62  # bytes kept for a byte of activations in blocks up to HEAP_LIMIT
 HEAP_LIMIT = 32 * 2**20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks go back to the system
 
 
