@@ -31,7 +31,7 @@ from transformers import (
 
 from prefkit.config import load_config
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import Pairs
+from prefkit.data.dataset import RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from prefkit.model.adapter import add_lora, base_of
@@ -139,14 +139,15 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
         policy.base.forward = MethodType(all_logits_forward, policy.base)
     number = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     train = [make_pair(point.tokens, policy.base.config.vocab_size, i) for i in range(number)]
+    data = RunData(train, [], [])  # type: ignore[arg-type]
     hashes = fingerprints(config)
     reference = ReferenceBuilder(
-        *(config, args, policy, tokenizer, Pairs(train, [], [], []), hashes),
+        *(config, args, policy, tokenizer, data, hashes),
         say=lambda text: None,
         track=lambda items, title: items,
     ).build()
     stage = DpoStage(config.method, reference, policy.compute_dtype)
-    trainer = PrefTrainer(policy.model, args, stage, config.tuning, policy.layout, train, [], tokenizer)
+    trainer = PrefTrainer(policy.model, args, stage, config.tuning, policy.layout, data, tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -61,6 +61,40 @@ def train(
         sys.exit(130)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def check(
+    config: Annotated[Path, typer.Argument(help="The YAML or JSON file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys to set besides.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 24GB.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the report.")] = False,
+) -> None:
+    """Tell what a training would do and take; no weights are read. Exits with 3 if it does not fit."""
+    from prefkit.config.checks import CHECKING
+    from prefkit.config.load import load_config
+
+    loaded = load_config(config, overrides or [], CHECKING)
+    if json:
+        _say_warnings(loaded.warnings)
+    from prefkit.check.memory import parse_size
+
+    budget = parse_size(memory) if memory else None
+    _quiet_libraries()
+
+    from prefkit.check.report import print_report, write_json
+    from prefkit.check.run import check as run
+    from prefkit.runs.report import make_console
+
+    report = run(loaded, budget, lambda text: print(text, file=sys.stderr))
+    if json:
+        write_json(report, sys.stdout)
+    else:
+        print_report(make_console(), report)
+    if report.memory.fits is False:
+        sys.exit(3)
+
+
 _SOURCE = typer.Argument(
     help="The folder of a run, adapter or model, a Hugging Face id, or a YAML file.", show_default=False
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefkit.config import load_config
-from prefkit.data.dataset import iterate, load_data
+from prefkit.data.dataset import load_data
 from prefkit.data.packing import pack
 from prefkit.data.template import ChatTemplate
 from prefkit.model.architecture import read_architecture
@@ -34,7 +34,7 @@ def test_layouts_agree() -> None:
     config = load_config(DEMO, ["max_samples=3"]).config
     template = ChatTemplate(load_tokenizer(config.model))
     data = load_data(config, template, 0, lambda text: None, lambda items, title: items)
-    rows = list(iterate(data.train))  # type: ignore[arg-type]
+    rows = list(data.train)  # type: ignore[arg-type]
     model = load_causal_lm(config.model)
     attach_logps_forward(model, read_architecture(model.config))
     with torch.no_grad():

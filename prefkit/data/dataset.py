@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, overload
@@ -234,8 +234,3 @@ class _Tables:
         if left := len(rows) - settled.trained - settled.held_out:
             settled.not_sampled["mix_strategy"] += left
         return settled
-
-
-def iterate(rows: RowView) -> Iterator[TokenizedExample]:
-    """The examples one after the other, one in memory at a time."""
-    return (rows[i] for i in range(len(rows)))

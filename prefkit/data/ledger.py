@@ -21,7 +21,7 @@ class Ledger:
     """
 
     name: str
-    files: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     sha256: str = ""
     num_rows: int = 0
     trained: int = 0
@@ -57,7 +57,7 @@ class Ledger:
         """The ledger as JSON."""
         return {
             "name": self.name,
-            "files": list(self.files),
+            "files": list(self.places),
             "sha256": self.sha256,
             "rows": self.num_rows,
             "trained": self.trained,

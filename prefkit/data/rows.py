@@ -214,11 +214,7 @@ class RowReader:
             lines += [f"... and {more} more"] if more else []
             raise DataError("\n".join([*lines, "on_bad_row: skip leaves such rows out and counts them."]))
         if not self.ledger.num_rows:
-            raise DataError(f"data set {name!r}: {_place(self.entry)} has no rows")
-
-
-def _place(entry: DatasetEntry) -> str:
-    return entry.hub.url if entry.hub else ", ".join(str(file) for file in entry.files)
+            raise DataError(f"data set {name!r}: {', '.join(self.entry.places)} has no rows")
 
 
 def load_rows(
@@ -248,7 +244,7 @@ def load_rows(
     if found is not None:
         say(f"Data set {entry.name}: encoded rows read from {folder}.")
         return found
-    ledger = Ledger(entry.name, tuple(map(str, recognised.files)), facts["content"])
+    ledger = Ledger(entry.name, entry.places, facts["content"])
     reader = RowReader(recognised, encoder, ledger, seed)
     with RowWriter(folder) as writer:
         for example in reader.encoded(track):

@@ -60,6 +60,11 @@ class DatasetEntry:
         """The name of the data set where a path would not do: in metrics and names of files."""
         return Path(self.name).name.partition(".")[0]
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Its files, or its id on the Hub: what the sources of its rows begin with."""
+        return (self.hub.url,) if self.hub else tuple(map(str, self.files))
+
     def rows(self) -> Iterator[tuple[str, Any]]:
         """Each row as (`file:row`, row); a row that cannot be read comes as a `RowError`."""
         if self.hub is not None:

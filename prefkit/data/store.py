@@ -176,7 +176,7 @@ def load_folder(folder: Path) -> tuple[EncodedRows, Ledger] | None:
         content = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
         for name in ("not_sampled", "rejected"):
             content[name] = Counter(content[name])
-        content["files"] = tuple(content["files"])
+        content["places"] = tuple(content["places"])
         return EncodedRows(folder / ROWS), Ledger(**content)
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None

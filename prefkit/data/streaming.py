@@ -49,7 +49,7 @@ class StreamedRows(IterableDataset[TokenizedExample]):
         self._num_given = 0
 
     def _new_ledgers(self) -> list[Ledger]:
-        return [Ledger(entry.name, tuple(map(str, entry.files))) for entry in self.entries]
+        return [Ledger(entry.name, entry.places) for entry in self.entries]
 
     def __iter__(self) -> Iterator[TokenizedExample]:
         self.ledgers = self._new_ledgers()

@@ -171,6 +171,11 @@ def _lower_right_mask(num_queries: int, num_before: int, device: torch.device) -
     return ones.tril(num_before)
 
 
+def forget_masks() -> None:
+    """Let go of the masks that are kept between calls."""
+    _lower_right_mask.cache_clear()
+
+
 def flash_attention(
     query: Tensor,
     key: Tensor,

@@ -39,6 +39,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_model_config(config: ModelConfig) -> Any:
+    """The config.json of the model, without its weights. Raises `ModelError` when it is not there."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config)
+
+
 def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     """The model, in the dtype of its checkpoint unless `dtype` says otherwise, its own dropout off.
 
@@ -46,7 +53,7 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     be random. `max_length` is what `rope_scaling` stretches the model to.
     Raises `ModelError` when it is not there, has only pickled weights, or cannot be run as asked.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from prefkit.model.attention import plain_implementation
 
@@ -55,7 +62,7 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     if implementation := plain_implementation(config.flash_attn):
         options["attn_implementation"] = implementation
     if config.rope_scaling:
-        options["config"] = stretch_positions(_from_pretrained(AutoConfig, config), config, max_length)
+        options["config"] = stretch_positions(load_model_config(config), config, max_length)
     if config.quantization_bit is not None:
         options["quantization_config"] = _quantization(config)
         options["device_map"] = {"": torch.accelerator.current_accelerator() or torch.device("cpu")}
@@ -63,7 +70,21 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     if config.trust_remote_code and type(model).__module__.startswith("transformers_modules"):
         logger.warning("trust_remote_code: the model runs code of its own, %s", type(model).__module__)
     turn_off_dropout(model)
+    if config.quantization_bit == 4:
+        _keep_packing(model)
     return model
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights as they were loaded.
+
+    On a CPU with bfloat16 instructions bitsandbytes packs them anew at the first forward without gradient, and
+    rounds their scales to bfloat16: the model that is evaluated would not be the one that is trained. Layers
+    narrower than a block of weights fail there.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -> Any:

@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, RunConfig
-from prefkit.data.dataset import RunData, iterate
+from prefkit.data.dataset import RunData
 from prefkit.data.rows import Track
 from prefkit.data.streaming import StreamedRows
 from prefkit.model.adapter import find_adapter, freeze_initial, merge_adapters
@@ -41,6 +41,23 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     for path in (*config.model.adapter_name_or_path, *config.reference.ref_model_adapters):
         found[path] = fingerprint(find_adapter(path, config.model))
     return found
+
+
+def wants_cache(config: RunConfig, args: TrainingArguments, model_config: Any, num_rows: int) -> bool:
+    """Whether `num_rows` rows to train on are seen more than once, or the YAML says so.
+
+    Raises `UserError` where it says so and log-probs cannot be kept.
+    """
+    wanted = config.reference.ref_cache
+    why_not = batch_dependence(model_config, config.data.cutoff_len)
+    if why_not and wanted:
+        raise UserError(f"ref_cache: {why_not}: remove it")
+    if wanted is not None or why_not or not config.training.get("do_train"):
+        return bool(wanted)
+    if args.max_steps <= 0:
+        return args.num_train_epochs > 1
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps * per_step > num_rows
 
 
 @dataclass(frozen=True)
@@ -115,26 +132,15 @@ class ReferenceBuilder:
         return nullcontext()
 
     def _wants_cache(self) -> bool:
-        """Whether rows are seen more than once, or the YAML says so."""
-        wanted = self.config.reference.ref_cache
-        why_not = batch_dependence(self.policy.base.config, self.config.data.cutoff_len)
-        if why_not and wanted:
-            raise UserError(f"ref_cache: {why_not}: remove it")
         if isinstance(self.data.train, StreamedRows):
             return False
-        if wanted is not None or why_not or not self.config.training.get("do_train"):
-            return bool(wanted)
-        args = self.args
-        if args.max_steps <= 0:
-            return args.num_train_epochs > 1
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * per_step > len(self.data.train)
+        return wants_cache(self.config, self.args, self.policy.base.config, len(self.data.train))
 
     def _with_cache(self) -> CachedReference:
         store = LogpsStore(cache_root(self.config.model.cache_dir), self._facts(), self.say)
         PartialState().wait_for_everyone()  # all ranks have looked before any of them writes
         assert not isinstance(self.data.train, StreamedRows)
-        examples = [*iterate(self.data.train), *iterate(self.data.held_out)]
+        examples = [*self.data.train, *self.data.held_out]
         missing = sum(example.key not in store for example in examples)
         found = f"Reference cache: {len(examples) - missing} of {len(examples)} rows found in {store.folder}"
         self.say(f"{found}." if not missing else f"{found}; {missing} are computed and kept there.")

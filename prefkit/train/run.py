@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import RunData, iterate, load_data
+from prefkit.data.dataset import RunData, load_data
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
@@ -229,7 +229,7 @@ class Run:
         number = self.config.output.sample_prompts
         if not number or not self.leads:
             return []
-        prompts = [example.prompt_ids for example in iterate(self.data.held_out[:number])]
+        prompts = [example.prompt_ids for example in self.data.held_out[:number]]
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
         return generate_responses(self.policy.model, self.template, prompts, length)
@@ -238,7 +238,7 @@ class Run:
         """Answer the prompts again, and show both answers to each."""
         after = self.answers("after")
         number = len(after)
-        rows = zip(iterate(self.data.held_out[:number]), before, after, strict=True)
+        rows = zip(self.data.held_out[:number], before, after, strict=True)
         samples = [Sample(row.source, row.question, *answers) for row, *answers in rows]
         if samples:
             write_samples(samples, self.folder.path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prefkit.config import load_config
-from prefkit.data.dataset import RowView, RunData, iterate, load_data
+from prefkit.data.dataset import RowView, RunData, load_data
 from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
@@ -68,12 +68,12 @@ def check(data: RunData) -> None:
     for ledger in data.ledgers:
         assert ledger.is_balanced, ledger
     assert isinstance(data.train, RowView)
-    trained = [example.source for example in iterate(data.train)]
-    held_out = {example.source for example in iterate(data.held_out)}
+    trained = [example.source for example in data.train]
+    held_out = {example.source for example in data.held_out}
     assert len(set(trained)) == sum(ledger.trained for ledger in data.ledgers)
     assert len(held_out) == sum(ledger.held_out for ledger in data.ledgers)
     assert not held_out & set(trained)
-    cut = {example.source for example in iterate(data.train) if example.truncated}
+    cut = {example.source for example in data.train if example.truncated}
     assert len(cut) == sum(ledger.truncated for ledger in data.ledgers)
 
 
@@ -173,10 +173,10 @@ def test_ranked_responses(load: Load, folder: Path) -> None:
     rows = [{"instruction": "Q", "responses": ["a", "b", "c"], "scores": [1, 3, 2]}, pair(1)]
     register(folder, "ranked", rows)
     data = load(dataset="ranked", eval_dataset="ranked")
-    assert [len(example.pairs) for example in iterate(data.train)] == [3, 1]  # type: ignore[arg-type]
+    assert [len(example.pairs) for example in data.train] == [3, 1]  # type: ignore[arg-type]
     assert (data.ledgers[0].trained, data.ledgers[0].pairs) == (2, 4)
     assert data.ledgers[1].held_out_pairs == 4
-    held_out = list(iterate(data.held_out))
+    held_out = list(data.held_out)
     assert [len(example.pairs) for example in held_out] == [1, 1, 1, 1], "measured pair by pair"
     b, c = data.train[0].response_ids[1:]  # type: ignore[index]
     assert held_out[1].response_ids == [b, c] and held_out[1].labels == ("ranked", "ranked")
@@ -190,7 +190,7 @@ def test_encoded_rows_are_found_again(load: Load, folder: Path) -> None:
     assert not load.said  # type: ignore[attr-defined]
     again = load()
     assert "encoded rows read from" in load.said[0]  # type: ignore[attr-defined]
-    assert list(iterate(first.train)) == list(iterate(again.train))  # type: ignore[arg-type]
+    assert list(first.train) == list(again.train)  # type: ignore[arg-type]
     assert [ledger.to_dict() for ledger in first.ledgers] == [ledger.to_dict() for ledger in again.ledgers]
     for keys in ({"cutoff_len": 64}, {"max_samples": 3}, {"truncation": "llamafactory"}):
         load(**keys)
@@ -231,7 +231,7 @@ def test_preprocessing_num_workers(load: Load, folder: Path) -> None:
     register(folder, "many", [pair(i, chosen="" if i % 7 == 0 else "yes") for i in range(300)])
     one = load(dataset="many")
     two = load(dataset="many", preprocessing_num_workers=2, overwrite_cache=True)
-    assert list(iterate(one.train)) == list(iterate(two.train))  # type: ignore[arg-type]
+    assert list(one.train) == list(two.train)  # type: ignore[arg-type]
     assert one.ledgers[0].to_dict() == two.ledgers[0].to_dict()
     check(two)
 
@@ -345,7 +345,7 @@ def test_a_stream_counts_rows_that_wait_as_not_sampled(load: Load, folder: Path)
 
 def test_a_stream_holds_out_its_first_rows(load: Load, folder: Path) -> None:
     data = load(dataset="a", streaming=True, val_size=2, disable_shuffling=True)
-    assert names(iterate(data.held_out), folder) == ["a1", "a2"]
+    assert names(data.held_out, folder) == ["a1", "a2"]
     assert take(stream(data), 5, folder) == ["a3", "a4", "a5", "a6", "a3"]
     (ledger,) = stream(data).settle(5)
     assert (ledger.num_rows, ledger.trained, ledger.held_out, ledger.repeats) == (6, 4, 2, 1)

@@ -1,0 +1,230 @@
+"""`prefkit check`: everything that can be told of a training before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from prefkit.check.advice import Advice, find_advice
+from prefkit.check.data import DataSummary, Duplicates, Summary, as_dict, find_duplicates
+from prefkit.check.memory import Estimate, batch_tokens, estimate_memory, largest_batch
+from prefkit.check.models import Models, build_models
+from prefkit.check.outlook import FirstLoss, Outlook, expect_first_loss, look_ahead
+from prefkit.check.settings import Setting, read_settings, show_value
+from prefkit.check.tokens import Part, render
+from prefkit.config.load import LoadedConfig
+from prefkit.config.schema import RunConfig
+from prefkit.data.dataset import RunData, load_data
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.ledger import Ledger
+from prefkit.data.streaming import StreamedRows
+from prefkit.data.template import make_template
+from prefkit.model.load import load_tokenizer
+from prefkit.train.arguments import make_training_arguments
+from prefkit.train.references import wants_cache
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Say = Callable[[str], None]
+_SHOWN_EXAMPLES = 2
+_MOST_STREAMED = 1000  # rows of a stream that are looked at
+# What a training of a stage holds besides the step that is rehearsed.
+_LEFT_OUT = {
+    "rm": "the reward head; the step is rehearsed with log-probs",
+    "kto": "the mismatched responses for the KL term",
+    "ppo": "the rollouts, and the reward and value models; a response is taken to have max_new_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The estimated peak, on which device, for which micro-batch, and how it compares with `budget` bytes.
+
+    `advice` is the cheapest change that fits, where the estimate does not and there is one.
+    """
+
+    estimate: Estimate
+    device: str
+    batch_rows: int
+    batch_tokens: int
+    budget: int | None
+    advice: Advice | None
+    leaves_out: str = ""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the training fits; None without a budget."""
+        return None if self.budget is None else self.estimate.total <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as JSON, in bytes."""
+        advice = self.advice
+        return {
+            "device": self.device,
+            "parts": self.estimate.parts,
+            "total": self.estimate.total,
+            "batch_examples": self.batch_rows,
+            "batch_tokens": self.batch_tokens,
+            "budget": self.budget,
+            "fits": self.fits,
+            "advice": advice and {"keys": advice.keys, "cost": advice.cost, "total": advice.total},
+            "leaves_out": self.leaves_out,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prefkit check` found."""
+
+    settings: list[Setting]
+    warnings: tuple[str, ...]
+    ledgers: list[Ledger]
+    summaries: list[DataSummary]
+    duplicates: Duplicates
+    held_out: int
+    examples: list[tuple[str, list[Part]]]
+    layout: str
+    num_weights: tuple[int, int]
+    outlook: Outlook
+    first_loss: FirstLoss
+    memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return {
+            "config": {setting.key: setting.to_dict() for setting in self.settings},
+            "warnings": list(self.warnings),
+            "ledger": [ledger.to_dict() for ledger in self.ledgers],
+            "data": [as_dict(summary) for summary in self.summaries],
+            "held_out": self.held_out,
+            "duplicates": vars(self.duplicates),
+            "examples": [
+                {"source": source, "parts": [part.to_dict() for part in parts]}
+                for source, parts in self.examples
+            ],
+            "layout": self.layout,
+            "weights": {"trained": self.num_weights[0], "all": self.num_weights[1]},
+            "training": self.outlook.to_dict(),
+            "first_loss": {"value": self.first_loss.value, "why": self.first_loss.why},
+            "memory": self.memory.to_dict(),
+        }
+
+
+def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Report:
+    """Look at everything that a training would use but the weights; `budget` is in bytes.
+
+    `say` is told what takes time. Raises `UserError` for whatever would stop the training as well.
+    """
+    config = loaded.config
+    args = make_training_arguments(config)
+    tokenizer = load_tokenizer(config.model)
+    template = make_template(tokenizer, config.data)
+    say("Reading the data ...")
+    data = load_data(config, template, args.seed, say, lambda items, title: items)
+    is_stream = isinstance(data.train, StreamedRows)
+    train, ledgers = _rows_to_look_at(data, args)
+    models = build_models(config, args, len(tokenizer), len(train))
+    rows = train or data.held_out
+    return Report(
+        settings=read_settings(config),
+        warnings=loaded.warnings,
+        ledgers=ledgers,
+        summaries=_by_data_set(ledgers, chain(train, data.held_out), config.data.cutoff_len),
+        duplicates=find_duplicates(train, data.held_out),
+        held_out=len(data.held_out),
+        examples=[(row.source, render(row, tokenizer)) for row in islice(rows, _SHOWN_EXAMPLES)],
+        layout=models.layout,
+        num_weights=models.num_weights,
+        outlook=look_ahead(
+            args,
+            train,
+            models.layout,
+            reads_reference=models.needs_reference,
+            cached=not is_stream and wants_cache(config, args, models.config, len(train)),
+            is_stream=is_stream,
+        ),
+        first_loss=expect_first_loss(config),
+        memory=_estimate(config, args, models, len(tokenizer), rows, budget, say),
+    )
+
+
+def _by_data_set(
+    ledgers: Sequence[Ledger], examples: Iterable[TokenizedExample], cutoff_len: int
+) -> list[DataSummary]:
+    """Each data set by itself; an example belongs to the one whose file its source names."""
+    owner = {place: ledger.name for ledger in ledgers for place in ledger.places}
+    summaries = {name: Summary(name, cutoff_len) for name in dict.fromkeys(owner.values())}
+    for example in examples:
+        summaries[owner[example.source.rpartition(":")[0]]].add(example)
+    return [summary.finish() for summary in summaries.values()]
+
+
+def _rows_to_look_at(
+    data: RunData, args: TrainingArguments
+) -> tuple[Sequence[TokenizedExample], list[Ledger]]:
+    """The rows that are trained on, or the first of a stream, with the ledgers."""
+    if not isinstance(data.train, StreamedRows):
+        return data.train, data.ledgers
+    number = min(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps, _MOST_STREAMED)
+    rows = list(islice(data.train, number))
+    settled = data.train.settle(len(rows))
+    return rows, [*settled, *data.ledgers[len(settled) :]]
+
+
+def _estimate(
+    config: RunConfig,
+    args: TrainingArguments,
+    models: Models,
+    vocabulary: int,
+    rows: Sequence[TokenizedExample],
+    budget: int | None,
+    say: Say,
+) -> Memory:
+    say("Rehearsing a step for its memory ...")
+    rows = _with_responses(rows, config)
+    batch = largest_batch(rows, args.per_device_train_batch_size, models.layout)
+    estimate = estimate_memory(models, args, batch)
+
+    def peak_with(changed: RunConfig) -> int:
+        if changed == config:
+            return estimate.total
+        say(f"Rehearsing with {describe_change(config, changed)} ...")
+        other_args = make_training_arguments(changed)
+        other = build_models(changed, other_args, vocabulary, len(rows))
+        cut = [_cut(row, changed.data.cutoff_len) for row in rows]
+        own = largest_batch(cut, other_args.per_device_train_batch_size, other.layout)
+        return estimate_memory(other, other_args, own).total
+
+    too_much = budget is not None and estimate.total > budget
+    advice = find_advice(config, budget, peak_with) if budget is not None and too_much else None
+    tokens = batch_tokens(batch, models.layout)
+    left_out = _LEFT_OUT.get(config.method.stage, "")
+    return Memory(estimate, args.device.type, len(batch), tokens, budget, advice, left_out)
+
+
+def _with_responses(rows: Sequence[TokenizedExample], config: RunConfig) -> Sequence[TokenizedExample]:
+    """The rows, those without a response with one as long as generation makes it."""
+    if config.method.stage != "ppo":
+        return rows
+    longest = max(rows, key=lambda row: len(row.prompt_ids))
+    return [replace(longest, response_ids=[[0] * config.generation.max_new_tokens])] * len(rows)
+
+
+def describe_change(config: RunConfig, changed: RunConfig) -> str:
+    """The keys in which two configs differ, as YAML would have them."""
+    old, new = config.to_yaml_dict(), changed.to_yaml_dict()
+    return ", ".join(f"{key}: {show_value(new[key])}" for key in new if new[key] != old.get(key))
+
+
+def _cut(example: TokenizedExample, cutoff_len: int) -> TokenizedExample:
+    """About as many tokens as encoding for a smaller `cutoff_len` would leave."""
+    longest = max(map(len, example.response_ids), default=0)
+    if len(example.prompt_ids) + longest <= cutoff_len:
+        return example
+    kept = max(cutoff_len - len(example.prompt_ids), cutoff_len * 3 // 4)
+    responses = [ids[:kept] for ids in example.response_ids]
+    room = cutoff_len - max(map(len, responses), default=0)
+    return replace(example, prompt_ids=example.prompt_ids[-room:], response_ids=responses)
