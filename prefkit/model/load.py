@@ -78,13 +78,13 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
 def _keep_packing(model: PreTrainedModel) -> None:
     """Keep 4-bit weights as they were loaded.
 
-    On a CPU with bfloat16 instructions bitsandbytes packs them anew at the first forward without gradient, and
-    rounds their scales to bfloat16: the model that is evaluated would not be the one that is trained. Layers
-    narrower than a block of weights fail there.
+    On a CPU with bfloat16 instructions bitsandbytes packs them anew at the first forward without gradient
+    and rounds their scales to bfloat16: the model that is evaluated would not be the one that is trained.
+    Layers narrower than a block of weights fail there.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -> Any:
