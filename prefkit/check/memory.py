@@ -83,6 +83,7 @@ def largest_batch(
 ) -> list[TokenizedExample]:
     """The `number` examples that take most room together: the micro-batch that sets the peak.
 
+    >>> from prefkit.data.examples import Pair
     >>> short, long = (TokenizedExample([1], [[2] * n, [3]], (Pair(0, 1),), f"f:{n}") for n in (1, 9))
     >>> [row.source for row in largest_batch([short, long], 1, "shared")]
     ['f:9']

@@ -59,6 +59,7 @@ class PackedBatch:
 def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
     """Lay out examples as one batch.
 
+    >>> from prefkit.data.examples import Pair
     >>> example = TokenizedExample([7, 8], [[1, 2], [3]], (Pair(0, 1),), "f:1")
     >>> batch = pack([example], "shared")
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()

@@ -53,10 +53,12 @@ def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
             console.print(f"{ledger.name}: {count} rejected: {reason}.")
         if ledger.repeats:
             console.print(f"{ledger.name}: rows are repeated {ledger.repeats} times in an epoch.")
-    console.print(
-        f"{_count(sum(ledger.pairs for ledger in ledgers), 'pair')} to train on, "
-        f"{sum(ledger.held_out_pairs for ledger in ledgers):,} held out."
-    )
+    trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("pairs", "held_out_pairs"))
+    word = "pair"
+    if not (trained or held_out):
+        trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("trained", "held_out"))
+        word = "row"
+    console.print(f"{_count(trained, word)} to train on, {held_out:,} held out.")
 
 
 def _count(number: int, word: str) -> str:
