@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from prefkit.check.run import check
 from prefkit.config import ConfigError, load_config
+from prefkit.config.checks import CHECKING
 from prefkit.data.readers import DataError
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
@@ -100,6 +102,29 @@ def test_inline_samples_load_and_train(name: str, tmp_path: Path, tiny_model: Pa
     (data / "dataset_info.json").write_text(json.dumps({"dpo_en_demo": entry}))
     _, printed = run(write("dpo.yaml", tmp_path), tiny_model, f"dataset_dir={data}")
     assert "1 pair to train on" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "dataset", "kinds"),
+    [
+        ("kto.yaml", "kto_data.json", "kto_en_demo", ["prompt", "desirable"]),
+        ("reward.yaml", "dpo_sharegpt.json", "dpo_en_demo", ["prompt", "chosen", "rejected"]),
+        ("ppo.yaml", "ppo_data.json", "alpaca_en_demo", ["prompt"]),
+    ],
+)
+def test_blocks_of_later_stages_and_their_data_are_checked(
+    name: str, data: str, dataset: str, kinds: list[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / data).write_text((SPEC / data).read_text())
+    entry: dict[str, object] = {"file_name": data, "ranking": "dpo" in data}
+    if '"conversations"' in (SPEC / data).read_text():
+        entry["formatting"] = "sharegpt"
+    (tmp_path / "dataset_info.json").write_text(json.dumps({dataset: entry}))
+    given = [f"model_name_or_path={tiny_model}", f"dataset_dir={tmp_path}", "report_to=none"]
+    report = check(load_config(write(name, tmp_path), given, CHECKING), None, lambda text: None)
+    ((_, parts),) = report.examples
+    assert [part.kind for part in parts] == kinds
+    assert report.ledgers[0].is_balanced and report.ledgers[0].trained == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)
