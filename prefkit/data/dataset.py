@@ -64,8 +64,10 @@ class RunData:
 
     def first(self, number: int) -> list[TokenizedExample]:
         """The first examples that are held out, or else trained on."""
-        rows: Any = self.held_out if len(self.held_out) else self.train
-        return list(islice(iter(rows), number))
+        if not self.held_out and isinstance(self.train, StreamedRows):
+            return self.train.first(number)
+        rows: Any = self.held_out or self.train
+        return list(islice(rows, number))
 
 
 def load_data(config: RunConfig, template: ChatTemplate, seed: int, say: Say, track: Track) -> RunData:

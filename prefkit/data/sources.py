@@ -33,12 +33,13 @@ _STAGES = {"pairs": "dpo and rm", "judged": "kto", "prompts": "ppo"}
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the Hugging Face Hub."""
+    """A data set on the Hugging Face Hub; `streams` reads it while it is downloaded."""
 
     url: str
     subset: str | None = None
     split: str = "train"
     folder: str | None = None
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,9 @@ def _load_hub(hub: HubSet) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(hub.url, hub.subset, data_dir=hub.folder, split=hub.split)
+        return datasets.load_dataset(
+            hub.url, hub.subset, data_dir=hub.folder, split=hub.split, streaming=hub.streams
+        )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"hf_hub_url {hub.url!r} cannot be read: {error}") from error
 

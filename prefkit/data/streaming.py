@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -37,8 +39,10 @@ class StreamedRows(IterableDataset[TokenizedExample]):
         held_out: Collection[str] = (),
         splits: bool = False,
     ) -> None:
-        self.entries = entries
-        self.encoder = encoder
+        self.entries = [
+            replace(entry, hub=replace(entry.hub, streams=True)) if entry.hub else entry for entry in entries
+        ]
+        self.encoder = replace(encoder, config=replace(config, preprocessing_num_workers=None))
         self.config = config
         self.seed = seed
         self.held_out = frozenset(held_out)
@@ -65,6 +69,10 @@ class StreamedRows(IterableDataset[TokenizedExample]):
                     + "; ".join(ledger.explain() for ledger in self.ledgers)
                 )
             number += 1
+
+    def first(self, number: int) -> list[TokenizedExample]:
+        """The first examples in the order of the files, as they are; no ledger knows of it."""
+        return [example for _, example in islice(self.read(self._new_ledgers()), number)]
 
     def _one_pass(self, number: int) -> Iterator[TokenizedExample]:
         # Rows are counted in the first pass; the passes after it meet the same ones.

@@ -353,6 +353,13 @@ def test_a_stream_holds_out_its_first_rows(load: Load, folder: Path) -> None:
         load(dataset="a", streaming=True, val_size=7)
 
 
+def test_the_first_rows_of_a_stream_leave_its_ledger_alone(load: Load, folder: Path) -> None:
+    data = load(dataset="a", streaming=True, buffer_size=4)
+    take(stream(data), 2, folder)
+    assert names(data.first(3), folder) == ["a1", "a2", "a3"]
+    assert stream(data).settle(2)[0].trained == 2
+
+
 def test_a_stream_stops_at_bad_rows_and_never_turns_in_circles(load: Load, folder: Path) -> None:
     register(folder, "bad", [pair(0), [1]])
     rows = iter(stream(load(dataset="bad", streaming=True, disable_shuffling=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,8 @@ def test_the_hub_through_a_local_stand_in(folder: Path, load, monkeypatch: pytes
     assert load("e")[0][0].prompt[0].content == "seen"
     (entry,) = find(folder, "d")
     assert len(entry.digest()) == 64 and entry.digest() != find(folder, "e")[0].digest()
+    streamed = replace(entry, hub=replace(entry.hub, streams=True))
+    assert list(streamed.rows()) == list(entry.rows())
     (online,) = find_datasets("ONLINE", ["someone/pairs"], "pairs", None)
     assert online.hub is not None and online.hub.url == "someone/pairs"
     with pytest.raises(DataError, match="hf_hub_url 'someone/none' cannot be read"):
