@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from prefkit.data.template import ChatTemplate
 
 USES: dict[str, Use] = {"dpo": "pairs", "rm": "pairs", "kto": "judged", "ppo": "prompts"}
 WHOLE = -1  # in the place of a pair: the example with all its pairs
+_NO_ROWS = np.zeros((0, 2), dtype=np.int64)
 
 
 class RowView(Sequence[TokenizedExample]):
@@ -128,21 +130,19 @@ class _Loader:
     ) -> tuple[RowView, dict[str, RowView], list[Ledger]]:
         """The data sets that are held out: all, each by itself where that is asked for, and their ledgers."""
         tables = _Tables([self._load(entry) for entry in entries])
-        views = [tables.view(tables.all_of(k), split=True) for k in range(len(entries))]
-        ledgers = [tables.settle(k, np.zeros((0, 2), int), tables.all_of(k)) for k in range(len(entries))]
-        parts = {
-            entry.label: view
-            for entry, view in zip(entries, views, strict=True)
-            if self.config.data.eval_on_each_dataset
-        }
-        rows = np.concatenate([np.zeros((0, 2), int), *(tables.all_of(k) for k in range(len(entries)))])
-        return tables.view(rows, split=True), parts, ledgers
+        ledgers = [tables.settle(k, _NO_ROWS, tables.all_of(k)) for k in range(len(entries))]
+        parts: dict[str, RowView] = {}
+        for k, entry in enumerate(entries if self.config.data.eval_on_each_dataset else ()):
+            if entry.label in parts:
+                raise DataError(f"eval_on_each_dataset: two data sets would both be called {entry.label}")
+            parts[entry.label] = tables.view(tables.all_of(k), split=True)
+        return tables.view(tables.all_rows, split=True), parts, ledgers
 
     def load_training(self, entries: Sequence[DatasetEntry]) -> tuple[RowView, RowView, list[Ledger]]:
         """What is trained on, what of it is held out, and the ledgers."""
         val_size = self.config.data.val_size
         tables = _Tables([self._load(entry) for entry in entries])
-        rows = np.concatenate([np.zeros((0, 2), int), *(tables.all_of(k) for k in range(len(entries)))])
+        rows = tables.all_rows
         if entries and not len(rows):
             why = "; ".join(ledger.explain() for ledger in tables.ledgers)
             raise DataError(f"no row is left to train on; {why}")
@@ -162,10 +162,11 @@ class _Loader:
         data = self.config.data
         times = tables.flat("times")[tables.place(rows)] if len(rows) else np.zeros(0, int)
         repeated = np.repeat(rows, times, axis=0)
-        parts = [repeated[repeated[:, 0] == k] for k in range(len(tables.rows))]
-        probs = [float(p) for p in data.interleave_probs]
-        mixed = mix([lambda part=part: iter(part) for part in parts], data.mix_strategy, probs, self.seed)  # type: ignore[misc]
-        return np.array([*mixed, *np.zeros((0, 2), int)], dtype=np.int64).reshape(-1, 2)
+        parts = [np.flatnonzero(repeated[:, 0] == k).tolist() for k in range(len(tables.rows))]
+        starts = [partial(iter, part) for part in parts]
+        order = mix(starts, data.mix_strategy, data.interleave_probs, self.seed)
+        mixed: np.ndarray = repeated[np.fromiter(order, dtype=np.int64)]
+        return mixed
 
     def open_stream(self, entries: Sequence[DatasetEntry]) -> tuple[StreamedRows, RowView | None]:
         """The stream of what is trained on, and of it the rows that `val_size` holds out, the first ones."""
@@ -192,6 +193,11 @@ class _Tables:
         self.ledgers = [ledger for _, ledger in loaded]
         self._starts = np.cumsum([0, *map(len, self.rows)])
         self._num_pairs = np.concatenate([np.zeros(0, int), *(rows.num_pairs() for rows in self.rows)])
+
+    @property
+    def all_rows(self) -> np.ndarray:
+        """Every row of every table, (n, 2)."""
+        return np.concatenate([_NO_ROWS, *map(self.all_of, range(len(self.rows)))])
 
     def all_of(self, table: int) -> np.ndarray:
         """Every row of a table, (n, 2)."""

@@ -100,8 +100,7 @@ class StreamedRows(IterableDataset[TokenizedExample]):
             return rows
 
         starts = [start(which, entry) for which, entry in enumerate(self.entries)]
-        probs = [float(p) for p in self.config.interleave_probs]
-        yield from mix(starts, self.config.mix_strategy, probs, self.seed + number)
+        yield from mix(starts, self.config.mix_strategy, self.config.interleave_probs, self.seed + number)
 
     def _shuffled(self, rows: Iterator[Streamed], number: int) -> Iterator[Streamed]:
         if self.config.disable_shuffling:
