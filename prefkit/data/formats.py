@@ -243,6 +243,8 @@ def _as_turns(value: object, where: str, layout: RowFormat) -> list[Message]:
         return [Message("assistant", read_text(value, where))]
     if layout.formatting == "alpaca":
         raise RowError(f"{where} is a text, not {kind(value)}", "wrong type")
+    if not isinstance(value, list | Mapping):
+        raise RowError(f"{where} is a text, a message or a list of messages, not {kind(value)}", "wrong type")
     several = isinstance(value, list)
     turns = value if isinstance(value, list) else [value]
     return [

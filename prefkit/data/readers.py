@@ -94,6 +94,8 @@ def _parse(line: bytes) -> Any:
         return RowError(f"not UTF-8 text (byte {line[error.start]:#04x})", "not text")
     except RowError as error:
         return error
+    except json.JSONDecodeError as error:
+        return RowError(f"not valid JSON: {error.msg} (character {error.pos + 1})", "not valid JSON")
     except (ValueError, RecursionError) as error:
         return RowError(f"not valid JSON: {error}", "not valid JSON")
 
@@ -186,6 +188,8 @@ class _Window:
                 if end < len(self.text) or self._is_at_end:
                     self.at = end
                     return value
+            except json.JSONDecodeError as error:
+                problem = ValueError(error.msg)  # its position is that in the window
             except (ValueError, RecursionError) as error:
                 problem = error
             if self._is_at_end or len(self.text) - self.at > MAX_ROW_BYTES:

@@ -31,6 +31,9 @@ def recognise(row: object, file: object) -> RowFormat:
         return RowFormat("trl", {"kto_tag": tag} if tag == "kto_tag" else {}, tags)
     if list(row) == ["text"]:
         return RowFormat("alpaca", {"prompt": "text"})
+    (*_, last) = row or ("",)
+    if len(row) == 1 and any(mark in last for mark in ";\t|"):
+        raise DataError(f"{file}: the columns of a CSV file are separated by commas, not as in {last!r}")
     raise DataError(
         f"{file}: the columns {', '.join(map(repr, row))} are those of no format that is known; describe "
         "them in dataset_info.json, with `formatting` and `columns`"

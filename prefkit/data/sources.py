@@ -91,10 +91,12 @@ class DatasetEntry:
         """The same with the layout of its rows. Raises `DataError` when it has none that is known."""
         if self.layout is not None:
             return self
-        first = next((row for _, row in self.rows() if not isinstance(row, RowError)), None)
-        if first is None:
-            raise DataError(f"data set {self.name!r} has no row that can be read")
-        return replace(self, layout=recognise(first, self.name))
+        problem = ""
+        for source, row in self.rows():
+            if not isinstance(row, RowError):
+                return replace(self, layout=recognise(row, self.name))
+            problem = problem or f"; {source}: {row}"
+        raise DataError(f"data set {self.name!r} has no row that can be read{problem}")
 
 
 def find_datasets(
@@ -112,8 +114,12 @@ def find_datasets(
     if dataset_dir.startswith("REMOTE:"):
         info_file = _download_info(dataset_dir.removeprefix("REMOTE:"), cache_dir)
     elif not info_file.is_file():
-        if not all(_find_path(name, folder) for name in names):
-            raise DataError(f"{info_file} is missing: it lists the data sets. Set dataset_dir to its folder.")
+        absent = [name for name in names if not _find_path(name, folder)]
+        if absent:
+            raise DataError(
+                f"{', '.join(absent)}: there is no such file, and {info_file}, which would list it, "
+                "is missing. Write the path of a file, or set dataset_dir to the folder of dataset_info.json."
+            )
         return [_direct_entry(name, folder) for name in names]
     info = _read_info(info_file)
     entries, problems = [], []

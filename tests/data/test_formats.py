@@ -94,7 +94,7 @@ def sharegpt(*turns: tuple[str, object], **columns: object) -> dict:
         (sharegpt(("observation", "x")), SHAREGPT, "take turns"),
         (sharegpt(("human", "a"), ("human", "b")), SHAREGPT, "take turns"),
         (sharegpt(("human", "a"), ("gpt", "b")), SHAREGPT, "ends with a user message"),
-        (sharegpt(("human", "a"), chosen=5), SHAREGPT, "column 'chosen' is an object with 'from'"),
+        (sharegpt(("human", "a"), chosen=5), SHAREGPT, "column 'chosen' is a text, a message or a list"),
         (sharegpt(("human", "a"), chosen={"from": "human", "value": "x"}), SHAREGPT, "by the assistant"),
     ],
 )

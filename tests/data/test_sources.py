@@ -175,7 +175,7 @@ def test_missing_data_sets_are_all_named_with_those_that_exist(folder: Path) -> 
 
 
 def test_missing_dataset_info(folder: Path) -> None:
-    with pytest.raises(DataError, match="Set dataset_dir to its folder"):
+    with pytest.raises(DataError, match=r"d: there is no such file, and .* set dataset_dir to the folder"):
         find(folder, "d")
 
 
@@ -203,6 +203,28 @@ def test_a_path_instead_of_a_name(folder: Path, load, monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match="none of json, jsonl"):
         (folder / "x.doc").touch()
         find(folder, "x.doc")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "d.csv",
+            b"prompt;chosen;rejected\n1;2;3\n",
+            "separated by commas, not as in 'prompt;chosen;rejected'",
+        ),
+        ("d.jsonl", b'{"q": 1}\n', "the columns 'q' are those of no format"),
+        ("d.jsonl", b"\xff\n", r"no row that can be read; .*d.jsonl:1: not UTF-8 text"),
+        ("d.jsonl", b"", "no row that can be read$"),
+        ("d.jsonl", b"1\n", "its first row is no object"),
+    ],
+)
+def test_a_path_whose_format_is_not_recognised(
+    folder: Path, load, name: str, content: bytes, message: str
+) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(str(folder / name))
 
 
 def test_num_samples_draws_rows_and_counts_the_rest(folder: Path, load) -> None:
