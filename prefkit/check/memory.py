@@ -99,7 +99,7 @@ def batch_tokens(examples: Sequence[TokenizedExample], layout: Layout) -> int:
     return longest * sum(len(example.response_ids) for example in examples)
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 

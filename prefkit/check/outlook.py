@@ -68,9 +68,12 @@ def look_ahead(
     updates_per_epoch = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1) if rows else 0
     updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
     updates = updates if rows and args.do_train else 0
-    epochs = updates / updates_per_epoch if updates and not is_stream else 0.0
     batch = per_micro * args.gradient_accumulation_steps
-    passes = updates * batch if is_stream else math.ceil(epochs * rows)
+    passes = updates * batch
+    if updates and not is_stream:  # the last update of an epoch may have fewer rows
+        whole, rest = divmod(updates, updates_per_epoch)
+        passes = whole * rows + rest * batch
+    epochs = passes / rows if updates and not is_stream else 0.0
     return Outlook(
         rows=rows,
         batch=batch,

@@ -242,7 +242,10 @@ def _as_turns(value: object, where: str, layout: RowFormat) -> list[Message]:
     if isinstance(value, str):
         return [Message("assistant", read_text(value, where))]
     if layout.formatting == "alpaca":
-        raise RowError(f"{where} is a text, not {kind(value)}", "wrong type")
+        keys = list(value) if isinstance(value, Mapping) else []
+        form = next((form for form, tags in TAGS.items() if tags["role_tag"] in keys), "")
+        hint = f"; for messages dataset_info.json says `formatting: {form}`" if form else ""
+        raise RowError(f"{where} is a text, not {kind(value)}{hint}", "wrong type")
     if not isinstance(value, list | Mapping):
         raise RowError(f"{where} is a text, a message or a list of messages, not {kind(value)}", "wrong type")
     several = isinstance(value, list)

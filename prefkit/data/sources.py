@@ -95,8 +95,8 @@ class DatasetEntry:
         for source, row in self.rows():
             if not isinstance(row, RowError):
                 return replace(self, layout=recognise(row, self.name))
-            problem = problem or f"; {source}: {row}"
-        raise DataError(f"data set {self.name!r} has no row that can be read{problem}")
+            problem = problem or f" that can be read; {source}: {row}"
+        raise DataError(f"data set {self.name!r} has no rows{problem}")
 
 
 def find_datasets(
@@ -117,8 +117,9 @@ def find_datasets(
         absent = [name for name in names if not _find_path(name, folder)]
         if absent:
             raise DataError(
-                f"{', '.join(absent)}: there is no such file, and {info_file}, which would list it, "
-                "is missing. Write the path of a file, or set dataset_dir to the folder of dataset_info.json."
+                f"{', '.join(absent)}: there is no such file{_near_file(absent[0])}, and {info_file}, "
+                "which would list it, is missing. Write the path of a file, or set dataset_dir to the folder of "
+                "dataset_info.json."
             )
         return [_direct_entry(name, folder) for name in names]
     info = _read_info(info_file)
@@ -130,7 +131,9 @@ def find_datasets(
             elif _find_path(name, folder):
                 entries.append(_direct_entry(name, folder))
             else:
-                problems.append(f"{info_file} has no data set {name!r}{_hint(name, info)}")
+                problems.append(
+                    f"{info_file} has no data set {name!r}{_hint(name, info)}, and no file is named so"
+                )
         except DataError as error:
             problems.append(f"{info_file}, {name!r}: {error}")
     if problems:
@@ -156,6 +159,11 @@ def _find_path(name: str, folder: Path) -> Path | None:
         if path.is_file() or path.is_dir():
             return path
     return None
+
+
+def _near_file(name: str) -> str:
+    near = difflib.get_close_matches(Path(name).name, _names_in(Path(name).parent), n=1)
+    return f" (there is {Path(name).with_name(near[0])})" if near else ""
 
 
 def _direct_entry(name: str, folder: Path) -> DatasetEntry:

@@ -52,7 +52,7 @@ def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
         for reason, count in ledger.rejected.items():
             console.print(f"{ledger.name}: {count} rejected: {reason}.")
         if ledger.repeats:
-            console.print(f"{ledger.name}: rows are repeated {ledger.repeats} times in an epoch.")
+            console.print(f"{ledger.name}: {_count(ledger.repeats, 'further use')} of rows in an epoch.")
     trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("pairs", "held_out_pairs"))
     word = "pair"
     if not (trained or held_out):

@@ -171,12 +171,15 @@ def test_missing_data_sets_are_all_named_with_those_that_exist(folder: Path) -> 
         find(folder, "dd", "x")
     first, second = str(caught.value).splitlines()
     assert "no data set 'dd'; did you mean 'd'? (it has: d)" in first
-    assert "no data set 'x' (it has: d)" in second
+    assert "no data set 'x' (it has: d), and no file is named so" in second
 
 
 def test_missing_dataset_info(folder: Path) -> None:
     with pytest.raises(DataError, match=r"d: there is no such file, and .* set dataset_dir to the folder"):
         find(folder, "d")
+    (folder / "mine.json").write_text("[]")
+    with pytest.raises(DataError, match=r"no such file \(there is .*/mine.json\)"):
+        find(folder, str(folder / "mien.json"))
 
 
 def test_a_folder_of_files_of_one_type(folder: Path, load) -> None:
@@ -214,8 +217,8 @@ def test_a_path_instead_of_a_name(folder: Path, load, monkeypatch: pytest.Monkey
             "separated by commas, not as in 'prompt;chosen;rejected'",
         ),
         ("d.jsonl", b'{"q": 1}\n', "the columns 'q' are those of no format"),
-        ("d.jsonl", b"\xff\n", r"no row that can be read; .*d.jsonl:1: not UTF-8 text"),
-        ("d.jsonl", b"", "no row that can be read$"),
+        ("d.jsonl", b"\xff\n", r"no rows that can be read; .*d.jsonl:1: not UTF-8 text"),
+        ("d.jsonl", b"", "has no rows$"),
         ("d.jsonl", b"1\n", "its first row is no object"),
     ],
 )
