@@ -243,6 +243,9 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point of `prefkit`, `llamafactory-cli` and `lmf`."""
+    # Before torch is loaded: threads that wait for each other sleep, instead of taking the core that another
+    # process, or the thread they wait for, could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if len(sys.argv) > 1 and sys.argv[1] in _ELSEWHERE:
         sys.exit(f"prefkit has no `{sys.argv[1]}`. {_ELSEWHERE[sys.argv[1]]}")
     try:

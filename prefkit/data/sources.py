@@ -116,10 +116,10 @@ def find_datasets(
     elif not info_file.is_file():
         absent = [name for name in names if not _find_path(name, folder)]
         if absent:
+            near = _near_file(absent[0])
             raise DataError(
-                f"{', '.join(absent)}: there is no such file{_near_file(absent[0])}, and {info_file}, "
-                "which would list it, is missing. Write the path of a file, or set dataset_dir to the folder of "
-                "dataset_info.json."
+                f"{', '.join(absent)}: there is no such file{near}, and {info_file}, which would list it, is "
+                "missing. Write the path of a file, or set dataset_dir to the folder of dataset_info.json."
             )
         return [_direct_entry(name, folder) for name in names]
     info = _read_info(info_file)
