@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,15 @@ def run(config: Path, *overrides: str) -> str:
     console = make_console(io.StringIO())
     train(load_config(config, overrides).config, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def run_in_two(config: Path) -> None:
+    """Train in two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "prefkit", "train", str(config), "ddp_backend=gloo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 
 from prefkit.data.readers import DataError
-from tests.train.runs import losses, read, run, same, unfinish
+from tests.train.runs import losses, read, run, run_in_two, same, unfinish
 
 PAIR = {"instruction": "Q", "chosen": "a good answer", "rejected": "bad"}
 
@@ -79,11 +76,7 @@ def test_two_processes_share_a_stream(write_config, tmp_path: Path) -> None:
     keys = {"streaming": True, "max_steps": 3, "learning_rate": 1e-3, "disable_shuffling": True}
     run(write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys))
     two = write_config(per_device_train_batch_size=1, output_dir=str(tmp_path / "two"), **keys)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "prefkit", "train", str(two), "ddp_backend=gloo"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(two)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     reports = [read(tmp_path / name / "data_report.json")["data_sets"][0] for name in ("one", "two")]
     assert reports[0]["trained"] == reports[1]["trained"] == 6

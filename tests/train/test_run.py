@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config.errors import UserError
 from prefkit.objectives.pairwise import LOSSES
-from tests.train.runs import losses, read, run, same, weights
+from tests.train.runs import losses, read, run, run_in_two, same, weights
 
 
 def test_a_run_leaves_its_files(write_config, tmp_path: Path, tiny_model: Path) -> None:
@@ -388,11 +387,7 @@ def test_two_processes_are_one_with_twice_the_batch(write_config, tmp_path: Path
     one = write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys)
     run(one)
     two = write_config(per_device_train_batch_size=1, output_dir=str(tmp_path / "two"), **keys)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "prefkit", "train", str(two), "ddp_backend=gloo"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(two)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for key, expected in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-6, rtol=1e-4)
