@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -22,13 +23,13 @@ class _Source(Iterator[T]):
 
     def _begin(self) -> None:
         self._items = self.start()
-        self._next = list(_take_one(self._items))
+        self._next = list(islice(self._items, 1))
 
     def __next__(self) -> T:
         if not self._next:
             raise StopIteration
         (item,) = self._next
-        self._next = list(_take_one(self._items))
+        self._next = list(islice(self._items, 1))
         self.was_exhausted |= not self._next
         return item
 
@@ -40,12 +41,6 @@ class _Source(Iterator[T]):
         """Begin again where it is over."""
         if self.is_over:
             self._begin()
-
-
-def _take_one(items: Iterator[T]) -> Iterator[T]:
-    for item in items:
-        yield item
-        return
 
 
 def mix(starts: Sequence[Start[T]], strategy: str, probs: Sequence[float], seed: int) -> Iterator[T]:
