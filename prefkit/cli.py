@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from prefkit import __version__
-from prefkit.config.errors import ConfigError, UserError
+from prefkit.config.errors import UserError
 
 if TYPE_CHECKING:
     from prefkit.config.rules import Rules
@@ -249,8 +250,42 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in _ELSEWHERE:
         sys.exit(f"prefkit has no `{sys.argv[1]}`. {_ELSEWHERE[sys.argv[1]]}")
     try:
+        _leave(_run())
+    except BaseException:
+        if not _is_rank():
+            raise
+        sys.excepthook(*sys.exc_info())
+        _leave(1)
+
+
+def _run() -> int:
+    """Run the verb; the exit code."""
+    try:
         app()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        return error.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process.
+
+    A rank ends without the interpreter's own clearing up: a thread of gloo that still holds a tensor would
+    then ask for the lock of an interpreter that is gone, and abort the process after all its work is done.
+    """
+    if _is_rank():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_rank() -> bool:
+    """Whether this process has worked together with others."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

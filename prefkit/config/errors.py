@@ -24,11 +24,18 @@ class Problem(NamedTuple):
 
 
 class UserError(Exception):
-    """Something that the person who runs prefkit can mend; the message says what and how."""
+    """Something that the person who runs prefkit can mend; the message says what and how.
+
+    `exit_code` is that of a command which it ends; docs/reliability.md lists them.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(UserError):
     """A config that cannot be used; `problems` names everything that is wrong with it."""
+
+    exit_code = 2
 
     def __init__(self, path: str | Path, problems: list[str]) -> None:
         super().__init__(path, problems)
