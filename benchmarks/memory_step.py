@@ -40,6 +40,7 @@ from prefkit.model.reference import FrozenModel
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
+from prefkit.train.signals import StopSignals
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 
@@ -147,7 +148,9 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
         track=lambda items, title: items,
     ).build()
     stage = DpoStage(config.method, reference, policy.compute_dtype)
-    trainer = PrefTrainer(policy.model, args, stage, config.tuning, policy.layout, data, tokenizer)
+    trainer = PrefTrainer(
+        policy.model, args, stage, config.tuning, policy.layout, data, tokenizer, StopSignals(), print
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

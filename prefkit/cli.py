@@ -52,14 +52,16 @@ def train(
 
     from prefkit.runs.report import make_console
     from prefkit.train.run import train as run
+    from prefkit.train.signals import Interrupted
 
     console = make_console()
     try:
         run(loaded.config, console)
-    except KeyboardInterrupt:
+    except Interrupted as end:
         console.show_cursor()
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        if not console.quiet:
+            print(f"\n{end}", file=sys.stderr)
+        sys.exit(end.exit_code)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -76,10 +76,8 @@ class Encoder:
     def facts(self, entry: DatasetEntry, seed: int) -> dict[str, Any]:
         """All that the encoded rows of a data set depend on."""
         assert entry.layout is not None
-        config, tokenizer = self.config, self.template.tokenizer
+        config = self.config
         names = ("cutoff_len", "truncation", "max_samples", "on_bad_row", "duplicate_prompts")
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         return {
             **{name: getattr(config, name) for name in names},
             "files": [str(file) for file in entry.files] or asdict(entry)["hub"],
@@ -88,12 +86,22 @@ class Encoder:
             "read for": self.use,
             "num_samples": entry.num_samples,
             "seed": seed if entry.num_samples else None,
-            "chat template": _hash(str(tokenizer.chat_template)),
-            "enable_thinking": self.template.enable_thinking,
             "tool_format": config.tool_format,
-            "tokenizer": _hash(words + repr(sorted(tokenizer.special_tokens_map.items()))),
-            "prefkit's own encoding": _code_hash(),
+            **template_facts(self.template),
         }
+
+
+def template_facts(template: ChatTemplate) -> dict[str, Any]:
+    """All that the token ids of a conversation depend on besides the conversation."""
+    tokenizer = template.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "chat template": _hash(str(tokenizer.chat_template)),
+        "enable_thinking": template.enable_thinking,
+        "tokenizer": _hash(words + repr(sorted(tokenizer.special_tokens_map.items()))),
+        "prefkit's own encoding": _code_hash(),
+    }
 
 
 _encoder: Encoder | None = None  # of a process that encodes for another

@@ -9,33 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prefkit import __version__
-from prefkit.config import RunConfig, dump_yaml, load_config
+from prefkit.config import RunConfig, dump_yaml
 from prefkit.config.errors import UserError
-from prefkit.config.schema import keys_of
 from prefkit.data.ledger import Ledger, data_report
 
 RECORD_FILE, CONFIG_FILE, DATA_FILE = "prefkit.json", "config.yaml", "data_report.json"
-# Keys that may differ between a run and its resumption: they change neither weights nor metrics.
-_HARMLESS = {
-    *(
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "output_dir",
-        "warmup_ratio",
-    ),  # it is in warmup_steps
-    *(
-        "plot_loss",
-        "sample_prompts",
-        "sample_max_new_tokens",
-        "do_eval",
-        "do_predict",
-        "run_name",
-        "report_to",
-    ),
-    *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy", "log_level"),
-    *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "cache_dir"),
-    *("tokenized_path", "overwrite_cache", "preprocessing_num_workers"),
-}
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -80,20 +58,6 @@ library_name: {"peft" if is_adapter else "transformers"}
     )
 
 
-def check_weights(folder: Path, weights: dict[str, str]) -> None:
-    """Compare the models that a run goes on with with those that it began with, by fingerprint.
-
-    Raises `UserError` when one has changed since.
-    """
-    before = (read_record(folder) or {}).get("fingerprints", {})
-    changed = [path for path, found in weights.items() if before.get(path, found) != found]
-    if changed:
-        raise UserError(
-            f"{' and '.join(changed)} changed since the run in {folder} began, and a resumed run would be "
-            "another. Restore the old weights, or write overwrite_output_dir: true to start afresh."
-        )
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The facts of the run in a folder; None when there was none.
 
@@ -107,16 +71,6 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): set another output_dir") from error
     return record
-
-
-def changed_keys(folder: Path, config: RunConfig) -> list[str]:
-    """Keys that matter and differ from those of the run in the folder, as `key: old -> new`."""
-    before = load_config(folder / CONFIG_FILE).config
-    return [
-        f"{key}: {before.value(key)} -> {config.value(key)}"
-        for key in keys_of(RunConfig)
-        if before.value(key) != config.value(key) and key not in _HARMLESS
-    ]
 
 
 def _replace(file: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefkit.model.ref_cache import LogpsStore
+from prefkit.train.spikes import SPIKE_FILE
 
 if TYPE_CHECKING:
     from prefkit.train.trainer import PrefTrainer
@@ -54,7 +55,8 @@ class LogFile(TrainerCallback):
         """Start the clock, and drop lines beyond the step that training goes on from."""
         self.started, self.first_step = time.time(), state.global_step
         if state.is_world_process_zero:
-            _keep_lines(_log_file(args), state.global_step)
+            for file in (_log_file(args), _log_file(args).with_name(SPIKE_FILE)):
+                _keep_lines(file, state.global_step)
 
     def on_log(
         self,

@@ -8,6 +8,7 @@ the older checkpoints as they were. What a run needs besides its weights:
     scheduler.json          and scaler.json where fp16 scales the loss
     rng_state_<rank>.json   generators of one process, and its losses since the last log line
     stage_state.json        what the stage hands to `extra_state`
+    run.json                of which run it is: `identity`, by which a resumed run is known as the same
     trainer_state.json      and training_args.json, without tokens
 
 A pickle can run code, so none is written and a folder that holds one is refused. The sums guard against
@@ -40,6 +41,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from prefkit.config.errors import UserError
 from prefkit.model.adapter import TRAINED
+from prefkit.runs.identity import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +237,10 @@ class PickleFreeCheckpoints(Trainer):
     One process or several under DDP, on one shared file system. `train(resume_from_checkpoint=True)` takes
     the newest whole checkpoint of `output_dir`; a path takes that one or raises CheckpointError. A resumed
     run ends with the weights, states, log lines and summary of a run that was never stopped. Checkpoints are
-    not pushed to the Hub.
+    not pushed to the Hub. `identity` is written into each, where it is given.
     """
+
+    identity: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
         """What a stage must remember across a resume, as JSON values; saved by the main process."""
@@ -291,6 +295,8 @@ class PickleFreeCheckpoints(Trainer):
             stateful = [callback for callback in stateful if isinstance(callback, ExportableState)]
             self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
             self.state.save_to_json(str(staging / "trainer_state.json"))
+            if self.identity is not None:
+                _write_json(staging / RUN_FILE, self.identity)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             _publish(staging, final)

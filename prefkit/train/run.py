@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,9 @@ from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
 from prefkit.objectives.pairwise import LOSSES
+from prefkit.runs.identity import check_same_run, identify
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import check_weights, write_data_report, write_model_card, write_record
+from prefkit.runs.record import write_data_report, write_model_card, write_record
 from prefkit.runs.report import make_tracker, print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.arguments import make_training_arguments
@@ -34,9 +36,11 @@ from prefkit.train.callbacks import (
     ProgressBar,
     evaluation_prefix,
 )
-from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.output import OutputFolder, make_output_folder, open_output_folder
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
+from prefkit.train.signals import SaveAndStop, StopSignals
+from prefkit.train.spikes import SPIKE_FILE
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 
@@ -48,17 +52,30 @@ _PROBED = 256  # rows among which the shortest are taken for the probe
 
 
 def train(config: RunConfig, console: Console) -> None:
-    """Run a config. Raises `UserError` for whatever its owner can mend."""
+    """Run a config. Raises `UserError` for whatever its owner can mend, and `Interrupted`."""
     args = make_training_arguments(config)
     console.quiet = args.process_index > 0
-    with args.main_process_first(local=False):
-        folder = open_output_folder(config, console.print)
-    PartialState().wait_for_everyone()  # before any rank writes to the folder that others look at
-    if folder.finished:
-        console.print(
-            f"The run in {folder.path} is finished; overwrite_output_dir: true would start it afresh."
-        )
-        return
+    with StopSignals(leads=args.process_index == 0) as signals, ExitStack() as held:
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                held.callback(make_output_folder(config, console.print).release)
+            folder = open_output_folder(config, console.print)
+        PartialState().wait_for_everyone()  # before any rank writes to the folder that others look at
+        if folder.finished:
+            console.print(
+                f"The run in {folder.path} is finished; overwrite_output_dir: true would start it afresh."
+            )
+        else:
+            _train(config, args, folder, signals, console)
+
+
+def _train(
+    config: RunConfig,
+    args: TrainingArguments,
+    folder: OutputFolder,
+    signals: StopSignals,
+    console: Console,
+) -> None:
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
@@ -68,14 +85,16 @@ def train(config: RunConfig, console: Console) -> None:
     _check_margins(config, data)
     if not isinstance(data.train, StreamedRows):
         print_ledger(console, data.ledgers)
-    policy = build_policy(config, args, tokenizer, console.print)
     weights = fingerprints(config)
-    if folder.checkpoint is not None:
-        check_weights(folder.path, weights)
+    identity = identify(config, template, data, weights, args.world_size)
+    if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
+        console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
+    policy = build_policy(config, args, tokenizer, console.print)
     reference = ReferenceBuilder(
         config, args, policy, tokenizer, data, weights, console.print, tracker
     ).build()
-    trainer = _build_trainer(config, args, policy, reference, data, template, folder, console)
+    trainer = _build_trainer(config, args, policy, reference, data, template, folder, signals, console)
+    trainer.identity = identity
     run = Run(config, folder, trainer, policy, template, data, weights, console)
     if run.leads:
         folder.clear()
@@ -107,6 +126,7 @@ def _build_trainer(
     data: RunData,
     template: ChatTemplate,
     folder: OutputFolder,
+    signals: StopSignals,
     console: Console,
 ) -> PrefTrainer:
     coefficient = config.model.moe_aux_loss_coef or 0.0
@@ -122,6 +142,8 @@ def _build_trainer(
         policy.layout,
         data,
         template.tokenizer,
+        signals,
+        console.print,
     )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
@@ -131,6 +153,7 @@ def _build_trainer(
         trainer.add_callback(KeepReferenceLogps(reference.store))
     if config.method.early_stopping_steps:
         trainer.add_callback(EarlyStopping(config.method.early_stopping_steps))
+    trainer.add_callback(SaveAndStop(signals))
     return trainer
 
 
@@ -160,11 +183,12 @@ class Run:
 
     def train(self) -> None:
         """Train, and save weights, tokenizer, state, results, probe and curves."""
-        result = self.trainer.train(
-            resume_from_checkpoint=str(self.folder.checkpoint) if self.folder.checkpoint else None
-        )
-        self.trainer.save_model()
-        self.trainer.save_state()
+        checkpoint = str(self.folder.checkpoint) if self.folder.checkpoint else None
+        with self.trainer.signals.deferred():
+            result = self.trainer.train(resume_from_checkpoint=checkpoint)
+            self.trainer.check_finite()
+            self.trainer.save_model()
+            self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
         self._settle_stream()
         if not self.leads:
@@ -290,6 +314,7 @@ FILES = {
     "predictions.jsonl": "metrics of each held-out pair",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",
+    SPIKE_FILE: "steps whose loss stood out, with their rows",
     "data_report.json": "what became of every row",
     "config.yaml": "the config as it ran; prefkit train takes it",
     "prefkit.json": "base model, data with hashes, versions",

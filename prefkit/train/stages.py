@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ class IdentityError(UserError):
 
 @dataclass(frozen=True)
 class StageOutput:
-    """Losses (M,), with gradient, and metrics by name, (M,) each, without."""
+    """Losses (M,), with gradient, and metrics by name, (M,) each, without; `reference` has the log-probs by
+    name, (M,) each, that the losses rest on besides those of the policy."""
 
     losses: Tensor
     metrics: dict[str, Tensor]
+    reference: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DpoStage:
@@ -49,6 +51,7 @@ class DpoStage:
         dtype: torch.dtype,
         router_loss_weight: float = 0.0,
     ) -> None:
+        self.name = f"{method.stage} ({method.pref_loss})"
         self.loss = LOSSES[method.pref_loss]
         self.reference = reference
         self.dtype = dtype
@@ -95,7 +98,8 @@ class DpoStage:
         if responses.router_loss is not None:
             losses = losses + self.router_loss_weight * responses.router_loss
             metrics["router_loss"] = responses.router_loss.detach().expand(len(losses))
-        return StageOutput(losses, metrics)
+        named = {} if reference is None else _named(reference.pair(batch["pairs"]))
+        return StageOutput(losses, metrics, named)
 
     def end_step(self) -> None:
         """After an optimiser step: the rewards seen in it, on all ranks, join their running mean.
@@ -168,3 +172,7 @@ class DpoStage:
                 f"reference agree, but it is {losses.mean():.4f} (tolerance {slack:g} in {self.dtype}). "
                 "Nothing was trained."
             )
+
+
+def _named(reference: PairLogps) -> dict[str, Tensor]:
+    return {"reference logps/chosen": reference.chosen, "reference logps/rejected": reference.rejected}

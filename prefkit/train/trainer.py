@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from prefkit.config.errors import UserError
 from prefkit.config.schema import TuningConfig
 from prefkit.data.dataset import RowView, RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
 from prefkit.train.checkpoint import PickleFreeCheckpoints
+from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
+from prefkit.train.signals import StopSignals, ignore_in_worker
+from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import DpoStage, StageOutput
 
 
@@ -40,11 +42,13 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         layout: Layout,
         data: RunData,
         tokenizer: PreTrainedTokenizerBase,
+        signals: StopSignals,
+        say: Callable[[str], None],
     ) -> None:
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(_collate, layout=layout),
+            data_collator=Collator(layout),
             train_dataset=data.train if args.do_train else None,
             eval_dataset=data.held_out_parts or (data.held_out if len(data.held_out) else None),
             processing_class=tokenizer,
@@ -53,6 +57,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.stage = stage
         self.tuning = tuning
         stage.gather = self.accelerator.gather
+        self.signals = signals
+        self.say = say
+        self.guard = StepGuard(stage.name, self.accelerator.gather, self._report_spike)
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
@@ -86,7 +93,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
     ) -> Any:
         """This micro-batch's share in the mean loss of the optimiser step."""
         output = self.stage.compute(model, inputs)
-        self._record(output)
+        self._record(inputs, output)
         # DDP and its kin average gradients over ranks, so each rank's sum is scaled up again.
         assert num_items_in_batch is not None
         loss = output.losses.sum() / num_items_in_batch * self.accelerator.num_processes
@@ -99,12 +106,18 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Loss and metrics of each pair, (M, K); the loop gathers them and drops repeated rows."""
+        """Loss and metrics of each pair, (M, K); the loop gathers them and drops repeated rows.
+
+        Raises `NotFinite`.
+        """
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.stage.compute(model, self._prepare_inputs(inputs))
         values = {"loss": output.losses, **output.metrics}
         self._metric_names = list(values)
         table = torch.stack([value.float() for value in values.values()], 1)
+        if not table.isfinite().all():
+            found = not_finite(_seen(inputs, output))
+            raise NotFinite(f"{self.stage.name}, evaluation: a number is not finite: {'; '.join(found)}")
         return None, table, table.new_zeros(len(table))
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -130,23 +143,27 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
     def extra_state(self) -> dict[str, Any]:
         """The stage's state and the metrics that the next line of the log will average."""
         window = {name: sums.tolist() for name, sums in self._window_sums.items()}
-        return {"stage": self.stage.state(), "window": window}
+        return {"stage": self.stage.state(), "window": window, "losses": self.guard.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
         self.stage.load_state(state["stage"])
+        self.guard.load_state(state["losses"])
         self._window_sums = {
             name: torch.tensor(sums, device=self.args.device) for name, sums in state["window"].items()
         }
 
-    def _record(self, output: StageOutput) -> None:
+    def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:
         """Add a micro-batch's metrics to the sums and counts of the step and of the log window."""
-        _add(self._step_sums, {"loss": output.losses.detach(), **output.metrics})
+        metrics = {"loss": output.losses.detach(), **output.metrics}
+        self.guard.see(_seen(inputs, output))
+        _add(self._step_sums, metrics | output.reference)
         if not self.accelerator.sync_gradients:
             return
-        self.latest = {name: (sums[0] / sums[1]).item() for name, sums in self._step_sums.items()}
-        for name, sums in self._step_sums.items():
-            self._window_sums[name] = self._window_sums[name] + sums if name in self._window_sums else sums
+        numbers = torch.stack(list(self._step_sums.values())).tolist()
+        self._step_numbers = dict(zip(self._step_sums, numbers, strict=True))
+        self.latest = {name: total / count for name, (total, count) in self._step_numbers.items()}
+        _add_sums(self._window_sums, {name: self._step_sums[name] for name in metrics})
         self._step_sums = {}
         self.stage.end_step()
 
@@ -167,23 +184,79 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         return moved
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | Tensor:
-        """The gradient norm, which must be finite: no update with anything else."""
+        """The gradient norm. The Trainer's last call before each update: here the guard has its say.
+
+        Raises `NotFinite`.
+        """
         norm: float | Tensor = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not math.isfinite(float(norm)):
-            raise UserError(
-                f"Step {self.state.global_step + 1}: gradient norm {float(norm)}; nothing was "
-                "updated. A smaller learning_rate, or bf16 for fp16, may help; the last checkpoint is whole."
-            )
+        step = self.guard.end_step(
+            self.state.global_step + 1,
+            self._step_numbers,
+            float(norm),
+            model,
+            signal=self.signals.received,
+            scaled=self.accelerator.scaler is not None,
+        )
+        self.signals.agreed = step.signal
         return norm
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, unless a weight or a moment of the optimiser is not finite. Raises `NotFinite`."""
+        self.check_finite()
+        super()._save_checkpoint(model, trial)
 
-def _collate(examples: Sequence[TokenizedExample], layout: Layout) -> dict[str, Any]:
-    """A packed batch in the form that data loader and Trainer take."""
-    return pack(examples, layout).to_dict()
+    def check_finite(self) -> None:
+        """Raises `NotFinite` when a trained weight or a tensor of the optimiser is not finite."""
+        what = f"{self.stage.name}, step {self.state.global_step}"
+        model = cast("nn.Module", self.model)
+        trained: dict[Any, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        check_finite(what, ((name, p.data) for p, name in trained.items()))
+        states = self.optimizer.state.items() if self.optimizer else ()
+        tensors = (
+            (f"{key} of {trained.get(parameter, 'a weight')}", value)
+            for parameter, state in states
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        )
+        check_finite(what, tensors)
+
+    def _report_spike(self, spike: Spike) -> None:
+        if self.is_world_process_zero():
+            self.say(str(spike))
+            with (Path(str(self.args.output_dir)) / SPIKE_FILE).open("a", encoding="utf-8") as file:
+                file.write(spike.to_json())
+
+
+class Collator:
+    """Packs examples into a batch in the form that data loader and Trainer take."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._is_ready_worker = False
+
+    def __call__(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+        """A packed batch."""
+        if not self._is_ready_worker and get_worker_info() is not None:
+            ignore_in_worker()
+            self._is_ready_worker = True
+        return pack(examples, self.layout).to_dict()
+
+
+def _seen(inputs: dict[str, Any], output: StageOutput) -> Seen:
+    """The numbers of a micro-batch: log-probs, then what is computed from them."""
+    logps = {name: value for name, value in output.metrics.items() if name.startswith("logps/")}
+    return Seen(inputs, {**output.reference, **logps, **output.metrics, "loss": output.losses.detach()})
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Add (sum, count) of each vector to `sums`."""
-    for name, vector in values.items():
-        pair = torch.stack([vector.sum(), vector.new_tensor(len(vector))])
-        sums[name] = sums[name] + pair if name in sums else pair
+    pairs = {
+        name: torch.stack([vector.sum(), vector.new_tensor(len(vector))]) for name, vector in values.items()
+    }
+    _add_sums(sums, pairs)
+
+
+def _add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Add to each sum the one of its name."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value

@@ -11,8 +11,9 @@ import pytest
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
 from prefkit.data.ledger import Ledger, data_report
+from prefkit.runs.identity import check_same_config
 from prefkit.runs.plots import plot_curves
-from prefkit.runs.record import changed_keys, read_record, write_record
+from prefkit.runs.record import read_record, write_record
 from prefkit.runs.report import make_console, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 
@@ -24,13 +25,7 @@ def test_record_and_config_come_back(write_config, tmp_path: Path) -> None:
     assert record is not None and record["finished"] is False
     assert record["versions"].keys() >= {"prefkit", "torch", "transformers", "peft"}
     assert load_config(tmp_path / "config.yaml", []).config == config
-    assert changed_keys(tmp_path, config) == []
-
-
-def test_changed_keys_name_old_and_new(write_config, tmp_path: Path) -> None:
-    write_record(tmp_path, load_config(write_config(), []).config, {})
-    changed = load_config(write_config(), ["pref_beta=0.5", "seed=42", "overwrite_output_dir=true"]).config
-    assert changed_keys(tmp_path, changed) == ["pref_beta: 0.1 -> 0.5"]
+    check_same_config(tmp_path, config)
 
 
 def test_no_record_and_a_damaged_one(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_finished_run_says_so(write_config, tmp_path: Path) -> None:
     before = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
     assert "is finished" in run(config)
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"a run of another config .*pref_beta: 0.1 -> 0.2"):
+    with pytest.raises(UserError, match=r"a run of another config:\n  pref_beta: 0.1 -> 0.2"):
         run(config, "pref_beta=0.2")
     assert "is finished" in run(config, "save_steps=100")
     assert "is finished" not in run(config, "pref_beta=0.2", "overwrite_output_dir=true")
@@ -286,20 +286,6 @@ def test_a_wrong_reference_stops_the_run(write_config, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"policy and reference must agree.*pairs\.json:"):
         run(write_config())
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_no_update_with_a_gradient_that_is_not_finite(write_config, tmp_path: Path, monkeypatch) -> None:
-    from prefkit.train.stages import DpoStage, StageOutput
-
-    original = DpoStage.compute
-
-    def poisoned(self, model, batch):
-        output = original(self, model, batch)
-        return StageOutput(output.losses * float("nan"), output.metrics)
-
-    monkeypatch.setattr(DpoStage, "compute", poisoned)
-    with pytest.raises(UserError, match="Step 1: gradient norm nan; nothing was updated"):
-        run(write_config())
 
 
 @pytest.mark.parametrize(

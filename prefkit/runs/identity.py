@@ -1,0 +1,125 @@
+"""What makes a run the run it is: a checkpoint is gone on with only where all of it is the same.
+
+Each checkpoint has it in `run.json`. A change of anything here would make a resumed run another than the
+one that began, without a word; so it is refused, with what changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefkit.config import RunConfig, load_config
+from prefkit.config.errors import UserError
+from prefkit.config.schema import keys_of
+from prefkit.data.dataset import RunData
+from prefkit.data.rows import template_facts
+from prefkit.data.template import ChatTemplate
+from prefkit.runs.record import CONFIG_FILE, library_versions
+
+RUN_FILE = "run.json"
+# Keys that may differ between a run and its resumption: they change neither weights nor metrics.
+MAY_CHANGE = {
+    *("overwrite_output_dir", "resume_from_checkpoint", "output_dir"),
+    *("plot_loss", "sample_prompts", "sample_max_new_tokens", "do_eval", "do_predict"),
+    *("run_name", "report_to", "disable_tqdm", "log_level", "cache_dir", "tokenized_path", "overwrite_cache"),
+    *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy"),
+    *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),
+}
+_DERIVED = {"warmup_ratio"}  # it is in warmup_steps
+_WAY_OUT = (
+    "A resumed run would be another. Put it back as it was; or go on from its weights in another output_dir "
+    "with adapter_name_or_path or model_name_or_path; or write overwrite_output_dir: true to start afresh. "
+    f"These keys may change: {', '.join(sorted(MAY_CHANGE - {'output_dir'}))}."
+)
+
+
+def identify(
+    config: RunConfig,
+    template: ChatTemplate,
+    data: RunData,
+    models: Mapping[str, str],
+    num_processes: int,
+) -> dict[str, Any]:
+    """The identity of a run as JSON values; `models` has the fingerprints of those it starts from."""
+    versions = library_versions()
+    identity = {
+        "config": {key: config.value(key) for key in _keys()},
+        "data set": {ledger.name: ledger.sha256 or "streamed" for ledger in data.ledgers},
+        "template": template_facts(template),
+        "model": dict(models),
+        "prefkit": {"version": versions.pop("prefkit")},
+        "processes": {"number": num_processes},
+        # Other libraries or threads may round otherwise; the run stays what it is.
+        "machine": {**versions, "threads": torch.get_num_threads()},
+    }
+    same: dict[str, Any] = json.loads(json.dumps(identity))
+    return same
+
+
+def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
+    """Compare the run that a checkpoint is of with this one; returns what may make the last digits differ.
+
+    Raises `UserError` with all differences when they are not the same run.
+    """
+    before = read_identity(checkpoint)
+    changed = [
+        text for part in identity if part != "machine" for text in _differences(before, identity, part)
+    ]
+    if changed:
+        lines = "\n  ".join(changed)
+        raise UserError(f"{checkpoint} is of a run with something else:\n  {lines}\n{_WAY_OUT}")
+    return list(_differences(before, identity, "machine"))
+
+
+def read_identity(checkpoint: Path) -> dict[str, Any]:
+    """The identity of the run that a checkpoint is of. Raises `UserError` where it has none."""
+    try:
+        identity: dict[str, Any] = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} does not say of which run it is ({RUN_FILE}: {error}), so it cannot be gone on "
+            "with. Its weights can: name it as adapter_name_or_path or model_name_or_path, in another "
+            "output_dir."
+        ) from error
+    return identity
+
+
+def check_same_config(place: Path, config: RunConfig) -> None:
+    """Compare the config of the run in a folder, or of a checkpoint, with this one, before anything is read.
+
+    Raises `UserError` with all differences.
+    """
+    if (place / RUN_FILE).is_file():
+        before = read_identity(place)["config"]
+    else:
+        saved = load_config(place / CONFIG_FILE).config
+        before = {key: saved.value(key) for key in _keys()}
+    now = {key: config.value(key) for key in _keys()}
+    old, new = json.loads(json.dumps([{"config": before}, {"config": now}]))
+    if changed := list(_differences(old, new, "config")):
+        lines = "\n  ".join(changed)
+        raise UserError(f"output_dir: {place} holds a run of another config:\n  {lines}\n{_WAY_OUT}")
+
+
+def _keys() -> list[str]:
+    return [key for key in keys_of(RunConfig) if key not in MAY_CHANGE | _DERIVED]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> Iterator[str]:
+    """Each difference in one part of two identities, in words."""
+    old, new = before.get(part, {}), now[part]
+    title = "" if part == "config" else f"{part} "
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            yield f"{title}{name}: {_show(old.get(name))} -> {_show(new.get(name))}"
+
+
+def _show(value: Any) -> str:
+    """A value for a message; of a long hash its beginning."""
+    is_hash = isinstance(value, str) and len(value) >= 24 and set(value) <= set("0123456789abcdef")
+    return f"{value[:12]}..." if is_hash else str(value)

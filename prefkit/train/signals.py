@@ -1,0 +1,137 @@
+"""SIGTERM, SIGINT and their kin: a checkpoint at the next step boundary, then the end.
+
+Outside the training loop there is nothing to save, and the first signal ends the run at once. A second one
+always does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# SIGUSR1 is what a batch system is told to send before the time is up (`sbatch --signal=USR1@300`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# A launcher hands on what the terminal has sent already: within these seconds it is the same signal.
+_ECHO_SECONDS = 3.0
+
+
+class Interrupted(BaseException):
+    """A signal ended the run; not an `Exception`, so that nothing on the way takes it for a fault.
+
+    `exit_code` is 128 and the number of the signal; `checkpoint` names what was saved, if anything.
+    """
+
+    def __init__(self, number: int, checkpoint: str = "") -> None:
+        super().__init__(number, checkpoint)
+        self.number = number
+        self.exit_code = 128 + number
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        """What happened, and what comes next."""
+        saved = f"{self.checkpoint} is saved. " if self.checkpoint else ""
+        return (
+            f"Ended by {signal.Signals(self.number).name}. {saved}"
+            "The same command goes on from the last checkpoint."
+        )
+
+
+class StopSignals:
+    """Takes the signals over while it is entered.
+
+    `received` is the number of the one that came, or 0, `agreed` that of which all ranks know, as of the last
+    step. `leads` says whether this process tells the user. Only a main thread can take signals.
+    """
+
+    def __init__(self, leads: bool = True) -> None:
+        self.received = 0
+        self.agreed = 0
+        self.leads = leads
+        self._defers = False
+        self._time = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a signal is only noted: `SaveAndStop` ends the training at the next step boundary.
+
+        Raises `Interrupted` at its end when a signal came too late for that.
+        """
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
+        if self.received:
+            raise Interrupted(self.received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._time < _ECHO_SECONDS:
+                return
+            os._exit(128 + number)
+        self.received, self._time = number, time.monotonic()
+        if not self._defers:
+            raise Interrupted(number)
+        if self.leads:
+            name = signal.Signals(number).name
+            # Not by print: the handler may have interrupted one.
+            os.write(2, f"\n{name}: saving after this step; once more ends at once.\n".encode())
+
+
+class SaveAndStop(TrainerCallback):
+    """Saves a checkpoint at the first step boundary after all ranks know of a signal, and ends the run.
+
+    It goes after the callbacks that have something to write when a checkpoint is saved.
+
+    A step that ends an epoch is saved after the evaluation and the log line of the epoch, which a resumed
+    run would not make up for.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint."""
+        if self.signals.agreed and not float(state.epoch or 0.5).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint."""
+        if self.signals.agreed:
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run. Raises `Interrupted`."""
+        if self.signals.agreed:
+            raise Interrupted(self.signals.agreed, f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def ignore_in_worker() -> None:
+    """A data worker leaves signals to the process it works for, which needs it until the next boundary, and
+    ends with that process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
