@@ -1,0 +1,221 @@
+"""SIGKILL at any instant, then the same command again: the run ends as one that was never stopped.
+
+Each trial is a forked process that runs the real command on a tiny model, with dropout, accumulation,
+evaluations, checkpoints in the middle of an epoch and every part of the state that a stage keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer import Trainer
+
+from prefkit.train import checkpoint as checkpoints
+from prefkit.train.checkpoint import PickleFreeCheckpoints, verify_checkpoint
+from tests.train.forks import FORKS, finish, kill_after, start
+
+pytestmark = FORKS
+
+COMMON: dict[str, Any] = {
+    "max_steps": ...,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "logging_steps": 3,
+    "eval_dataset": "held_out",
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "lora_dropout": 0.1,
+    "sample_prompts": 0,
+    "template": "chatml",
+    "plot_loss": False,
+}
+# Of each stage, the losses that differ in what they keep. 12 rows: 6 steps an epoch.
+STAGES: dict[str, dict[str, Any]] = {
+    "dpo-sigmoid": {"pref_bco_weight": 0.5, "max_grad_norm": 0.5},
+    "orpo": {"pref_loss": "orpo", "finetuning_type": "full", "learning_rate": 1e-3},
+    "simpo": {
+        "pref_loss": "simpo",
+        "dataloader_num_workers": 1,
+        "load_best_model_at_end": True,
+        "save_steps": 4,
+        "eval_steps": 4,
+    },
+}
+MORE: dict[str, dict[str, Any]] = {
+    "hinge": {"pref_loss": "hinge", "logging_strategy": "epoch", "save_strategy": "epoch"},
+    "ipo": {"pref_loss": "ipo", "ref_cache": True, "optim": "adafactor"},
+    "kto_pair": {"pref_loss": "kto_pair", "per_device_train_batch_size": 2},
+    "streaming": {"streaming": True, "max_steps": 12, "buffer_size": 4, "num_train_epochs": ...},
+}
+TIMES = re.compile(r".*(runtime|per_second|_time|seconds)$|total_flos")
+
+
+def timeless(value: Any) -> Any:
+    """JSON without what depends on the clock or on the place of the folder."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if not TIMES.fullmatch(key)}
+    if isinstance(value, list):
+        return [timeless(item) for item in value]
+    return re.sub(r"^.*/(?=checkpoint-)", "", value) if isinstance(value, str) else value
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves: sha256 of tensors, contents of JSON without times."""
+    left: dict[str, Any] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".safetensors":
+            left[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        elif file.suffix == ".jsonl":
+            left[name] = [timeless(json.loads(line)) for line in file.read_text().splitlines()]
+        elif file.suffix == ".json" and file.name not in ("manifest.json", "training_args.json"):
+            left[name] = timeless(json.loads(file.read_text()))
+        else:
+            left[name] = "is there"
+    return left
+
+
+class Lab:
+    """Runs of one config, each in a folder of its own."""
+
+    def __init__(self, config: Path, root: Path) -> None:
+        self.config, self.root = config, root
+        self.whole, started = root / "whole", time.monotonic()
+        self.run(self.whole)
+        self.seconds = time.monotonic() - started
+        self.expected = outcome(self.whole)
+
+    def start(self, folder: Path, prepare: Callable[[], None] | None = None) -> int:
+        """Start, or go on with, the run in a folder."""
+        command = ["train", str(self.config), f"output_dir={folder}"]
+        return start(command, self.root / f"{folder.name}.txt", prepare)
+
+    def run(self, folder: Path, prepare: Callable[[], None] | None = None) -> None:
+        """Run to the end."""
+        code = finish(self.start(folder, prepare))
+        assert code == 0, (self.root / f"{folder.name}.txt").read_text()
+
+    def is_same(self, folder: Path) -> bool:
+        """Whether a run ended as the one that was never stopped."""
+        return outcome(folder) == self.expected
+
+    def kill(self, name: str, kills: int) -> list[float]:
+        """Kill a run that often, at random instants of its time, and let it end; returns the instants."""
+        folder, instants = self.root / name, []
+        for _ in range(kills):
+            instants.append(random.SystemRandom().uniform(0, self.seconds))
+            code = kill_after(self.start(folder), instants[-1])
+            if code is not None:
+                assert code == 0, (self.root / f"{name}.txt").read_text()
+                instants.pop()
+                break
+            for checkpoint in folder.glob("checkpoint-*"):
+                verify_checkpoint(checkpoint)  # never half a one
+        self.run(folder)
+        said = (self.root / f"{name}.txt").read_text()
+        assert outcome(folder) == self.expected, f"killed after {instants} s\n{said}"
+        return instants
+
+
+@pytest.fixture
+def lab(write_config: Callable[..., Path], tmp_path: Path) -> Callable[[dict[str, Any]], Lab]:
+    def make(keys: dict[str, Any]) -> Lab:
+        return Lab(write_config(**(COMMON | keys)), tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_five_kills(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
+    lab(STAGES[stage]).kill("killed", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*STAGES, *MORE])
+def test_two_hundred_kills(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
+    one, kills, trial = lab((STAGES | MORE)[stage]), 0, 0
+    while kills < 200:
+        trial += 1
+        kills += len(one.kill(f"trial-{trial}", 3))
+
+
+# Negative controls: the equality above fails as soon as a part of the state starts afresh.
+
+
+def forget_nothing() -> None:
+    """The control of the controls."""
+
+
+def forget_generators() -> None:
+    original = PickleFreeCheckpoints._load_rng_state
+
+    def load(self: Any, checkpoint: Any) -> None:
+        original(self, checkpoint)
+        torch.manual_seed(0)
+
+    PickleFreeCheckpoints._load_rng_state = load  # type: ignore[method-assign]
+
+
+def forget_optimizer() -> None:
+    def load(self: Any, checkpoint: Any) -> None:
+        pass
+
+    PickleFreeCheckpoints._load_optimizer_and_scheduler = load  # type: ignore[method-assign]
+
+
+def forget_place_in_the_data() -> None:
+    original = Trainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.args.ignore_data_skip = True
+
+    Trainer.__init__ = init  # type: ignore[method-assign]
+
+
+FORGETTING = [forget_nothing, forget_generators, forget_optimizer, forget_place_in_the_data]
+
+
+def die_before_save(step: int) -> Callable[[], None]:
+    """What to do in a child so that it is killed as it begins to save that step."""
+
+    def prepare() -> None:
+        original = checkpoints.PickleFreeCheckpoints._save_checkpoint
+
+        def save(self: Any, *args: Any) -> None:
+            if self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, *args)
+
+        checkpoints.PickleFreeCheckpoints._save_checkpoint = save  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_part_of_the_state_is_needed(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
+    one = lab(STAGES[stage])
+    step = 4 + STAGES[stage].get("save_steps", COMMON["save_steps"])  # so that it goes on within an epoch
+    for forget in FORGETTING:
+        folder = one.root / forget.__name__
+        assert finish(one.start(folder, die_before_save(step))) == -9
+        one.run(folder, forget)
+        if stage == "orpo" and forget is forget_generators:
+            continue  # a full model has no dropout, so that nothing is drawn at random
+        assert one.is_same(folder) is (forget is forget_nothing), forget.__name__
