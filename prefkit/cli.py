@@ -60,7 +60,8 @@ def train(
     except Interrupted as end:
         console.show_cursor()
         if not console.quiet:
-            print(f"\n{end}", file=sys.stderr)
+            but = ", with overwrite_output_dir=false," if loaded.config.output.overwrite_output_dir else ""
+            print(f"\n{end} The same command{but} goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(end.exit_code)
 
 

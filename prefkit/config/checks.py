@@ -326,6 +326,12 @@ WARNINGS = (
     Check("early_stopping_last", ("early_stopping_steps", "load_best_model_at_end"),
           lambda v: v.early_stopping_steps and not v.load_best_model_at_end,
           "the last model is saved, not the best: load_best_model_at_end: true saves that"),
+    Check("jit_checkpoint", ("enable_jit_checkpoint",), lambda v: v.enable_jit_checkpoint,
+          "has no effect: a run saves a checkpoint on SIGTERM anyway, see docs/reliability.md"),
+    Check("auto_batch_size", ("auto_find_batch_size",), lambda v: v.auto_find_batch_size,
+          "has no effect: what does not fit into memory is halved anyway, and the batch stays the same"),
+    Check("data_skip", ("ignore_data_skip",), lambda v: v.ignore_data_skip,
+          "a run that is resumed sees rows again, and ends otherwise than one that was never stopped"),
 )  # fmt: skip
 
 

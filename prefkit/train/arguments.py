@@ -20,6 +20,8 @@ _FIXED: dict[str, Any] = {
     "label_names": [],
     "disable_tqdm": True,  # our own progress bar
     "logging_nan_inf_filter": False,  # it hides a loss that is not a number
+    "enable_jit_checkpoint": False,  # `SaveAndStop` does it, at a step boundary
+    "auto_find_batch_size": False,  # it changes the batch
 }
 
 

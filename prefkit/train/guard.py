@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from prefkit.config.errors import UserError
 from prefkit.train.spikes import SHOWN_ROWS, Spike, SpikeWatch
@@ -154,12 +155,14 @@ def not_finite(seen: Seen) -> Iterator[str]:
 
 def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
     """Raises `NotFinite` when a tensor has a number that is not finite; the message begins with `what`."""
-    bad = [name for name, tensor in named if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise NotFinite(
-            f"{what}: not finite in {_some(bad)}, so nothing was saved. The last checkpoint is whole; a "
-            "smaller learning_rate or max_grad_norm, or bf16 for fp16, may help."
-        )
+    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point() and tensor.numel()}
+    if not tensors or get_total_norm(tensors.values(), norm_type=math.inf).isfinite():
+        return
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    raise NotFinite(
+        f"{what}: not finite in {_some(bad)}, so nothing was saved. The last checkpoint is whole; a smaller "
+        "learning_rate or max_grad_norm, or bf16 for fp16, may help."
+    )
 
 
 def _some(names: list[str]) -> str:

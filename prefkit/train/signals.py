@@ -36,12 +36,9 @@ class Interrupted(BaseException):
         self.checkpoint = checkpoint
 
     def __str__(self) -> str:
-        """What happened, and what comes next."""
-        saved = f"{self.checkpoint} is saved. " if self.checkpoint else ""
-        return (
-            f"Ended by {signal.Signals(self.number).name}. {saved}"
-            "The same command goes on from the last checkpoint."
-        )
+        """What happened."""
+        saved = f" {self.checkpoint} is saved." if self.checkpoint else ""
+        return f"Ended by {signal.Signals(self.number).name}.{saved}"
 
 
 class StopSignals:

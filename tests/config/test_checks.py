@@ -104,6 +104,9 @@ WARNED = {
     "simpo_margin": "pref_loss: simpo\npref_beta: 1\nsimpo_gamma: 2.5",
     "lora_dropout": "lora_dropout: 0.1",
     "early_stopping_last": "early_stopping_steps: 3\nval_size: 0.1\neval_strategy: epoch",
+    "jit_checkpoint": "enable_jit_checkpoint: true",
+    "auto_batch_size": "auto_find_batch_size: true",
+    "data_skip": "ignore_data_skip: true",
 }
 
 ALLOWED = [
