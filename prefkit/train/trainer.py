@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from prefkit.data.dataset import RowView, RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
 from prefkit.train.checkpoint import PickleFreeCheckpoints
+from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.stages import DpoStage, StageOutput
 
 
@@ -40,6 +42,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         layout: Layout,
         data: RunData,
         tokenizer: PreTrainedTokenizerBase,
+        pieces: Pieces,
     ) -> None:
         super().__init__(
             model=model,
@@ -57,6 +60,21 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
         self._metric_names: list[str] = []
+        self.training_pieces = pieces
+        self.evaluation_pieces = replace(pieces, learns=False)
+        self._step_inputs: list[dict[str, Any]] = []
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. Raises `OutOfMemory` also where memory runs out between the batches."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"Step {self.state.global_step + 1}: out of memory outside of the batches, as in the update "
+                f"of the weights. {self.training_pieces.advise()}"
+            ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, or that of LoRA+, whose B learns faster than its A
@@ -76,6 +94,54 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             loraplus_weight_decay=self.args.weight_decay,
         )
         return self.optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Add the gradients of a micro-batch, in as many pieces as memory wants; its share in the loss.
+
+        A backward that fails has added a part of its gradients: all of the optimiser step is then done again.
+        Gradients are the same but for rounding; dropout draws anew.
+        """
+        self._step_inputs.append(inputs)
+        todo = [inputs]
+
+        def attempt() -> Tensor:
+            return [self._add_gradients(model, batch, num_items_in_batch) for batch in todo][-1]
+
+        def undo() -> None:
+            model.zero_grad()
+            self._step_sums = {}
+            self.stage.forget_step()
+            todo[:] = self._step_inputs
+
+        loss = self.training_pieces.fit(attempt, undo, f"Step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients:
+            self._end_step()
+        return loss
+
+    def _add_gradients(
+        self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        # The Trainer does so for each piece, too late for their statistics after an evaluation.
+        model.train()
+        cast("Any", self.optimizer).train()
+        loss = torch.zeros((), device=self.args.device)
+        for piece in self._pieces(self.training_pieces, model, batch):
+            loss += super().training_step(model, piece, num_items_in_batch)
+        return loss
+
+    def _pieces(self, limit: Pieces, model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The pieces of a batch, each with the statistics of the whole if there are several."""
+        pieces = limit.cut(self._prepare_inputs(batch))
+        if len(pieces) > 1:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                statistics = self.stage.statistics(model, limit.each(pieces))
+            pieces = [{**piece, "statistics": statistics} for piece in pieces]
+        return limit.each(pieces)
 
     def compute_loss(
         self,
@@ -100,12 +166,22 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """Loss and metrics of each pair, (M, K); the loop gathers them and drops repeated rows."""
+
+        def attempt() -> Tensor:
+            return torch.cat(
+                [self._table(model, it) for it in self._pieces(self.evaluation_pieces, model, inputs)]
+            )
+
+        when = f"Evaluation at step {self.state.global_step}"
+        table = self.evaluation_pieces.fit(attempt, lambda: None, when)
+        return None, table, table.new_zeros(len(table))
+
+    def _table(self, model: nn.Module, piece: dict[str, Any]) -> Tensor:
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = self.stage.compute(model, self._prepare_inputs(inputs))
+            output = self.stage.compute(model, piece)
         values = {"loss": output.losses, **output.metrics}
         self._metric_names = list(values)
-        table = torch.stack([value.float() for value in values.values()], 1)
-        return None, table, table.new_zeros(len(table))
+        return torch.stack([value.float() for value in values.values()], 1)
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         assert not isinstance(prediction.predictions, tuple)
@@ -128,26 +204,31 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def extra_state(self) -> dict[str, Any]:
-        """The stage's state and the metrics that the next line of the log will average."""
+        """The stage's state, the metrics that the next line of the log will average, and into how many pieces
+        batches are cut."""
         window = {name: sums.tolist() for name, sums in self._window_sums.items()}
-        return {"stage": self.stage.state(), "window": window}
+        pieces = [self.training_pieces.number, self.evaluation_pieces.number]
+        return {"stage": self.stage.state(), "window": window, "pieces": pieces}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
         self.stage.load_state(state["stage"])
+        self.training_pieces.number, self.evaluation_pieces.number = state["pieces"]
         self._window_sums = {
             name: torch.tensor(sums, device=self.args.device) for name, sums in state["window"].items()
         }
 
     def _record(self, output: StageOutput) -> None:
-        """Add a micro-batch's metrics to the sums and counts of the step and of the log window."""
+        """Add metrics to the sums and counts of the step."""
         _add(self._step_sums, {"loss": output.losses.detach(), **output.metrics})
-        if not self.accelerator.sync_gradients:
-            return
+
+    def _end_step(self) -> None:
+        """All gradients of an optimiser step are there: its metrics join those of the log window."""
         self.latest = {name: (sums[0] / sums[1]).item() for name, sums in self._step_sums.items()}
         for name, sums in self._step_sums.items():
             self._window_sums[name] = self._window_sums[name] + sums if name in self._window_sums else sums
         self._step_sums = {}
+        self._step_inputs = []
         self.stage.end_step()
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
