@@ -81,7 +81,7 @@ class Pieces:
                     raise OutOfMemory(self._refuse(when)) from error
             # Not within the block above, since its error holds the tensors of the attempt.
             undo()
-            clear_device_cache(garbage_collection=True)
+            _release()
             self.number *= 2
             self.say(
                 f"{when}: out of memory; {'micro-batches' if self.learns else 'batches'} are now computed in "
@@ -155,6 +155,14 @@ class Pieces:
                 yield name, min(value, longest // 2)
             else:
                 yield name, value
+
+
+def _release() -> None:
+    """Give back the memory of a failed attempt, but for what still refers to it."""
+    # What waited in autograd's queue when a backward failed stays there until the thread's next backward.
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).sum().backward()
+    clear_device_cache(garbage_collection=True)
 
 
 def _count_tokens(batch: Batch) -> tuple[int, int]:
