@@ -38,6 +38,7 @@ from prefkit.model.adapter import add_lora, base_of
 from prefkit.model.load import load_causal_lm, load_tokenizer
 from prefkit.model.reference import FrozenModel
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.out_of_memory import Pieces
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import StopSignals
@@ -148,8 +149,11 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
         track=lambda items, title: items,
     ).build()
     stage = DpoStage(config.method, reference, policy.compute_dtype)
+    pieces = Pieces(config, args, reference, print)
     trainer = PrefTrainer(
-        policy.model, args, stage, config.tuning, policy.layout, data, tokenizer, StopSignals(), print
+        *(policy.model, args, stage, config.tuning, policy.layout, data, tokenizer),
+        pieces=pieces,
+        signals=StopSignals(),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

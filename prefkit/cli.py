@@ -266,7 +266,7 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as end:

@@ -33,7 +33,8 @@ class PackedBatch:
     (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
     first token of every response. `pairs` (M, 2) has the index of chosen and rejected, `margins` and
     `weights` (M,) what the data says of each pair. Of each example, `rows` has its name as `file:row`,
-    `keys` the hash of its token ids, `num_targets` its response tokens.
+    `keys` the hash of its token ids, `num_targets` its response tokens, `response_counts` and `pair_counts`
+    how many of the N and M are its.
     """
 
     input_ids: Tensor
@@ -50,6 +51,8 @@ class PackedBatch:
     rows: tuple[str, ...]
     keys: tuple[str, ...]
     num_targets: tuple[int, ...]
+    response_counts: tuple[int, ...]
+    pair_counts: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: the form that a data loader moves between devices."""
@@ -82,12 +85,14 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         target=torch.tensor(target),
         owner=torch.tensor(owner),
         num_responses=num_responses,
-        pairs=torch.tensor(pairs).view(-1, 2),
+        pairs=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
         margins=torch.tensor([pair.margin for example in examples for pair in example.pairs]),
         weights=torch.tensor([pair.weight for example in examples for pair in example.pairs]),
         rows=tuple(example.source for example in examples),
         keys=tuple(example.key for example in examples),
         num_targets=tuple(sum(map(len, example.response_ids)) for example in examples),
+        response_counts=tuple(len(example.response_ids) for example in examples),
+        pair_counts=tuple(len(example.pairs) for example in examples),
     )
 
 

@@ -36,6 +36,7 @@ from prefkit.train.callbacks import (
     ProgressBar,
     evaluation_prefix,
 )
+from prefkit.train.out_of_memory import Pieces
 from prefkit.train.output import OutputFolder, make_output_folder, open_output_folder
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
@@ -142,8 +143,8 @@ def _build_trainer(
         policy.layout,
         data,
         template.tokenizer,
+        Pieces(config, args, reference, console.print),
         signals,
-        console.print,
     )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,19 +72,20 @@ class DpoStage:
     def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
         """Losses and metrics of a packed batch.
 
+        Where it is a piece of a micro-batch, its `statistics` are those of the whole. The router loss alone
+        is taken over the piece, as it would be in a smaller micro-batch: it is no sum over examples.
+
         Raises `IdentityError` when the first batch shows that the reference is not what it should be.
         """
         responses = response_logps(model, batch)
         reference = self.reference.logps(model, batch) if self.reference else None
+        if self.expects_identity and reference is not None:
+            self._check_identity(responses, reference, batch["rows"])
         plain = responses.pair(batch["pairs"])
-        policy = self._weigh(responses, batch["pairs"], self.method.ld_alpha).pair(batch["pairs"])
-        reference_pair = None
-        if reference is not None:
-            if self.expects_identity:
-                self._check_identity(responses, reference, batch["rows"])
-            alpha = self.method.ld_alpha if self.method.ld_alpha_reference else None
-            reference_pair = self._weigh(reference, batch["pairs"], alpha).pair(batch["pairs"])
-        numbers: dict[str, Any] = {**self.numbers, **self._batch_kl(policy, reference_pair)}
+        policy, reference_pair = self._weighed_pairs(responses, reference, batch["pairs"])
+        given = batch.get("statistics")
+        statistics = self._batch_kl(policy, reference_pair) if given is None else given
+        numbers: dict[str, Any] = {**self.numbers, **statistics}
         if self.loss.takes_offset:
             numbers["offset"] = batch["margins"]
         losses = self.loss.fn(policy, reference_pair, **numbers)
@@ -100,6 +101,24 @@ class DpoStage:
             metrics["router_loss"] = responses.router_loss.detach().expand(len(losses))
         named = {} if reference is None else _named(reference.pair(batch["pairs"]))
         return StageOutput(losses, metrics, named)
+
+    def statistics(self, model: nn.Module, pieces: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the losses of a micro-batch take from all of it, () each, when it is computed in pieces.
+
+        Costs a pass over the pieces, to be made without gradient; none where the loss has no such number.
+        """
+        if not self.loss.needs_batch_kl:
+            return {}
+        logratios = []
+        for piece in pieces:
+            assert self.reference is not None
+            responses, reference = response_logps(model, piece), self.reference.logps(model, piece)
+            logratios.append(_logratios(*self._weighed_pairs(responses, reference, piece["pairs"])))
+        return self._mean_kls(torch.cat(logratios))
+
+    def forget_step(self) -> None:
+        """Drop what the optimiser step has gathered so far, since it is computed anew."""
+        self._step_rewards = []
 
     def end_step(self) -> None:
         """After an optimiser step: the rewards seen in it, on all ranks, join their running mean.
@@ -122,18 +141,31 @@ class DpoStage:
         """Take back what `state` gave."""
         self.reward_mean = RunningMean(**state["reward_mean"])
 
+    def _weighed_pairs(
+        self, policy: ResponseLogps, reference: ResponseLogps | None, pairs: Tensor
+    ) -> tuple[PairLogps, PairLogps | None]:
+        """Policy and reference as the loss reads them."""
+        alpha = self.method.ld_alpha
+        weighed = self._weigh(policy, pairs, alpha).pair(pairs)
+        if reference is None:
+            return weighed, None
+        return weighed, self._weigh(reference, pairs, alpha if self.method.ld_alpha_reference else None).pair(
+            pairs
+        )
+
     @staticmethod
     def _weigh(responses: ResponseLogps, pairs: Tensor, alpha: float | None) -> ResponseLogps:
         return responses if alpha is None else desensitize_length(responses, pairs, alpha)
 
     def _batch_kl(self, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
         """KL of either side, from all ranks' micro-batches, where the loss has such a term."""
-        if not self.loss.needs_batch_kl or reference is None:
+        if not self.loss.needs_batch_kl:
             return {}
-        return {
-            "kl_chosen": mean_kl(self.gather((policy.chosen - reference.chosen).detach())),
-            "kl_rejected": mean_kl(self.gather((policy.rejected - reference.rejected).detach())),
-        }
+        return self._mean_kls(_logratios(policy, reference))
+
+    def _mean_kls(self, logratios: Tensor) -> dict[str, Tensor]:
+        chosen, rejected = self.gather(logratios).unbind(1)
+        return {"kl_chosen": mean_kl(chosen), "kl_rejected": mean_kl(rejected)}
 
     def _add_terms(
         self, losses: Tensor, policy: PairLogps, plain: PairLogps, reference: PairLogps | None, learns: bool
@@ -176,3 +208,10 @@ class DpoStage:
 
 def _named(reference: PairLogps) -> dict[str, Tensor]:
     return {"reference logps/chosen": reference.chosen, "reference logps/rejected": reference.rejected}
+
+
+def _logratios(policy: PairLogps, reference: PairLogps | None) -> Tensor:
+    """Of chosen and rejected, (M, 2), without gradient."""
+    assert reference is not None
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    return torch.stack([chosen, rejected], 1).detach()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
+from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.signals import StopSignals, ignore_in_worker
 from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import DpoStage, StageOutput
@@ -42,8 +44,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         layout: Layout,
         data: RunData,
         tokenizer: PreTrainedTokenizerBase,
+        pieces: Pieces,
         signals: StopSignals,
-        say: Callable[[str], None],
     ) -> None:
         super().__init__(
             model=model,
@@ -58,12 +60,26 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.tuning = tuning
         stage.gather = self.accelerator.gather
         self.signals = signals
-        self.say = say
         self.guard = StepGuard(stage.name, self.accelerator.gather, self._report_spike)
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
         self._metric_names: list[str] = []
+        self.training_pieces = pieces
+        self.evaluation_pieces = replace(pieces, learns=False)
+        self._step_inputs: list[dict[str, Any]] = []
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. Raises `OutOfMemory` also where memory runs out between the batches."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"Step {self.state.global_step + 1}: out of memory outside of the batches, as in the update "
+                f"of the weights. {self.training_pieces.advise()}"
+            ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, or that of LoRA+, whose B learns faster than its A
@@ -83,6 +99,55 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             loraplus_weight_decay=self.args.weight_decay,
         )
         return self.optimizer
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Add the gradients of a micro-batch, in as many pieces as memory wants; its share in the loss.
+
+        A backward that fails has added a part of its gradients: all of the optimiser step is then done again.
+        Gradients are the same but for rounding; dropout draws anew.
+        """
+        self._step_inputs.append(inputs)
+        todo = [inputs]
+
+        def attempt() -> Tensor:
+            return [self._add_gradients(model, batch, num_items_in_batch) for batch in todo][-1]
+
+        def undo() -> None:
+            model.zero_grad()
+            self._step_sums = {}
+            self.stage.forget_step()
+            self.guard.forget()
+            todo[:] = self._step_inputs
+
+        loss = self.training_pieces.fit(attempt, undo, f"Step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients:
+            self._end_step()
+        return loss
+
+    def _add_gradients(
+        self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        # The Trainer does so for each piece, too late for their statistics after an evaluation.
+        model.train()
+        cast("Any", self.optimizer).train()
+        loss = torch.zeros((), device=self.args.device)
+        for piece in self._pieces(self.training_pieces, model, batch):
+            loss += super().training_step(model, piece, num_items_in_batch)
+        return loss
+
+    def _pieces(self, limit: Pieces, model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The pieces of a batch, each with the statistics of the whole if there are several."""
+        pieces = limit.cut(self._prepare_inputs(batch))
+        if len(pieces) > 1:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                statistics = self.stage.statistics(model, limit.each(pieces))
+            pieces = [{**piece, "statistics": statistics} for piece in pieces]
+        return limit.each(pieces)
 
     def compute_loss(
         self,
@@ -110,15 +175,26 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
         Raises `NotFinite`.
         """
+
+        def attempt() -> Tensor:
+            return torch.cat(
+                [self._table(model, it) for it in self._pieces(self.evaluation_pieces, model, inputs)]
+            )
+
+        when = f"Evaluation at step {self.state.global_step}"
+        table = self.evaluation_pieces.fit(attempt, lambda: None, when)
+        return None, table, table.new_zeros(len(table))
+
+    def _table(self, model: nn.Module, piece: dict[str, Any]) -> Tensor:
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = self.stage.compute(model, self._prepare_inputs(inputs))
+            output = self.stage.compute(model, piece)
         values = {"loss": output.losses, **output.metrics}
         self._metric_names = list(values)
         table = torch.stack([value.float() for value in values.values()], 1)
         if not table.isfinite().all():
-            found = not_finite(_seen(inputs, output))
-            raise NotFinite(f"{self.stage.name}, evaluation: a number is not finite: {'; '.join(found)}")
-        return None, table, table.new_zeros(len(table))
+            found = "; ".join(not_finite(_seen(piece, output)))
+            raise NotFinite(f"{self.stage.name}, evaluation: a number is not finite: {found}")
+        return table
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         assert not isinstance(prediction.predictions, tuple)
@@ -141,30 +217,39 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def extra_state(self) -> dict[str, Any]:
-        """The stage's state and the metrics that the next line of the log will average."""
-        window = {name: sums.tolist() for name, sums in self._window_sums.items()}
-        return {"stage": self.stage.state(), "window": window, "losses": self.guard.state()}
+        """The stage's state, what the next line of the log will average, the losses that others are compared
+        with, and into how many pieces batches are cut."""
+        return {
+            "stage": self.stage.state(),
+            "window": {name: sums.tolist() for name, sums in self._window_sums.items()},
+            "losses": self.guard.state(),
+            "pieces": [self.training_pieces.number, self.evaluation_pieces.number],
+        }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
         self.stage.load_state(state["stage"])
         self.guard.load_state(state["losses"])
+        self.training_pieces.number, self.evaluation_pieces.number = state["pieces"]
         self._window_sums = {
             name: torch.tensor(sums, device=self.args.device) for name, sums in state["window"].items()
         }
 
     def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:
-        """Add a micro-batch's metrics to the sums and counts of the step and of the log window."""
-        metrics = {"loss": output.losses.detach(), **output.metrics}
+        """Add metrics to the sums and counts of the step."""
         self.guard.see(_seen(inputs, output))
+        metrics = {"loss": output.losses.detach(), **output.metrics}
+        self._metric_names = list(metrics)
         _add(self._step_sums, metrics | output.reference)
-        if not self.accelerator.sync_gradients:
-            return
+
+    def _end_step(self) -> None:
+        """All gradients of an optimiser step are there: its metrics join those of the log window."""
         numbers = torch.stack(list(self._step_sums.values())).tolist()
         self._step_numbers = dict(zip(self._step_sums, numbers, strict=True))
         self.latest = {name: total / count for name, (total, count) in self._step_numbers.items()}
-        _add_sums(self._window_sums, {name: self._step_sums[name] for name in metrics})
+        _add_sums(self._window_sums, {name: self._step_sums[name] for name in self._metric_names})
         self._step_sums = {}
+        self._step_inputs = []
         self.stage.end_step()
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -222,7 +307,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
     def _report_spike(self, spike: Spike) -> None:
         if self.is_world_process_zero():
-            self.say(str(spike))
+            self.training_pieces.say(str(spike))
             with (Path(str(self.args.output_dir)) / SPIKE_FILE).open("a", encoding="utf-8") as file:
                 file.write(spike.to_json())
 
