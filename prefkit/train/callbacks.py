@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefkit.files import naming, replace_text
 from prefkit.model.ref_cache import LogpsStore
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ class LogFile(TrainerCallback):
         line["percentage"] = round(100 * state.global_step / max(state.max_steps, 1), 2)
         line["elapsed_time"] = str(timedelta(seconds=int(elapsed)))
         line["remaining_time"] = str(timedelta(seconds=int(remaining)))
-        with _log_file(args).open("a", encoding="utf-8") as file:
+        path = _log_file(args)
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -92,10 +95,17 @@ def _log_file(args: TrainingArguments) -> Path:
 def _keep_lines(file: Path, last_step: int) -> None:
     """Keep the lines of steps up to `last_step`: a resumed run writes the later ones again."""
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["current_steps"] <= last_step]
-        file.write_text("".join(kept) if last_step else "", encoding="utf-8")
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if last_step and _step_of(line) <= last_step]
+        replace_text(file, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for one that a kill or a power cut has torn."""
+    try:
+        return int(json.loads(line)["current_steps"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class ProgressBar(TrainerCallback):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
+from prefkit.files import SCRATCH_SUFFIX, DiskError, fsync, make_folder
 from prefkit.model.probe import PROBE_FILE
-from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, changed_keys, read_record
-from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
+from prefkit.runs.record import (
+    CONFIG_FILE,
+    DATA_FILE,
+    RECORD_FILE,
+    changed_keys,
+    mark_cleared,
+    read_record,
+)
+from prefkit.train.checkpoint import LEFTOVER, find_newest_checkpoint, remove_leftovers, verify_checkpoint
 
 # What a run writes into its folder.
 _WRITTEN = (
@@ -19,6 +28,10 @@ _WRITTEN = (
     *("model*.safetensors*", "config.json", "generation_config.json", PROBE_FILE),
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
 )
+_PROBE, _LOCK = ".prefkit-probe", ".prefkit.lock"
+_SCRATCH = re.compile(
+    rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}|\.tmp\w{{6}}"
+)  # .tmp: safetensors
 
 
 @dataclass(frozen=True)
@@ -37,16 +50,23 @@ class OutputFolder:
         """Remove what an earlier run of ours left, and nothing else.
 
         Call it when model and data of the new run have been read: until then it may fail, and the old
-        run is worth more than a message.
+        run is worth more than a message. The record goes on saying that the rest is of no use, so that a
+        kill in the middle does not leave a run that looks whole; the new run replaces it.
         """
-        if not self.holds_old_run:
-            return
-        for pattern in _WRITTEN:
-            for path in self.path.glob(pattern):
+        if self.holds_old_run:
+            mark_cleared(self.path)
+            for path in self.old_files():
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+            fsync(self.path)
+
+    def old_files(self) -> Iterator[Path]:
+        """The files and folders that `clear` removes."""
+        if self.holds_old_run:
+            found = {path for pattern in _WRITTEN for path in self.path.glob(pattern)}
+            yield from sorted(found - {self.path / RECORD_FILE})
 
 
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
@@ -56,21 +76,19 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     one is taken.
 
     Raises `UserError` for a folder with files of another origin, for a run of another config,
-    for a folder that cannot be written, and for a named checkpoint that is not whole.
+    and for a named checkpoint that is not whole; `DiskError` for a folder that cannot be written.
     """
-    path = Path(config.training["output_dir"]).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".prefkit-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {path}: {error.strerror}") from error
+    path = output_path(config)
+    _try_to_write(path)
     record = read_record(path)
+    _remove_scratch(path, record is not None)
+    if record is not None and record.get("cleared"):
+        say(f"An earlier run in {path} was being removed; starting from the beginning.")
+        return OutputFolder(path, holds_old_run=True)
     asked = config.training.get("resume_from_checkpoint")
     if config.output.overwrite_output_dir or asked is False:
         return OutputFolder(path, holds_old_run=record is not None)
-    if record is None and any(path.iterdir()):
+    if record is None and any(not _is_scratch(file) for file in path.iterdir()):
         raise UserError(
             f"output_dir: {path} has files in it that are not from a prefkit run. "
             "Set another output_dir, or overwrite_output_dir: true to write among them."
@@ -81,6 +99,8 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
         return OutputFolder(path, Path(asked))
     if record is None:
         return OutputFolder(path)
+    if not record.get("finished") and not (path / CONFIG_FILE).exists():
+        return OutputFolder(path)  # killed between its first file and its second
     changed = changed_keys(path, config)
     if changed:
         raise UserError(
@@ -96,3 +116,32 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     else:
         say(f"Resuming from {checkpoint}.")
     return OutputFolder(path, checkpoint)
+
+
+def output_path(config: RunConfig) -> Path:
+    """The folder of `output_dir`."""
+    return Path(config.training["output_dir"]).expanduser()
+
+
+def _try_to_write(path: Path) -> None:
+    """Make the folder and write a file in it. Raises `DiskError` when that fails."""
+    probe = path / _PROBE
+    try:
+        make_folder(path)
+        probe.write_bytes(bytes(4096))
+        fsync(probe)
+        probe.unlink(missing_ok=True)  # another process of this run may try as well
+    except OSError as error:
+        raise DiskError(f"output_dir: cannot write to {path}: {error.strerror}") from error
+
+
+def _is_scratch(path: Path) -> bool:
+    """Whether a name in an output folder is one that only a kill leaves, or that of its lock."""
+    return path.name == _LOCK or bool(_SCRATCH.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+
+
+def _remove_scratch(path: Path, is_ours: bool) -> None:
+    """Remove what a killed start or a killed write left; a library's scratch only in the folder of a run."""
+    for file in path.glob(".*"):
+        if _SCRATCH.fullmatch(file.name) and (is_ours or not file.name.startswith(".tmp")):
+            file.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
@@ -15,6 +16,7 @@ from prefkit.data.dataset import RunData, load_data
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
+from prefkit.files import fsync_files, naming_disk_faults, replace_text
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
 from prefkit.model.load import load_tokenizer
@@ -34,7 +36,8 @@ from prefkit.train.callbacks import (
     ProgressBar,
     evaluation_prefix,
 )
-from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.checkpoint import find_newest_checkpoint
+from prefkit.train.output import OutputFolder, open_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.stages import DpoStage
@@ -49,6 +52,12 @@ _PROBED = 256  # rows among which the shortest are taken for the probe
 
 def train(config: RunConfig, console: Console) -> None:
     """Run a config. Raises `UserError` for whatever its owner can mend."""
+    folder = output_path(config)
+    with naming_disk_faults(folder, partial(find_newest_checkpoint, folder)):
+        _train(config, console)
+
+
+def _train(config: RunConfig, console: Console) -> None:
     args = make_training_arguments(config)
     console.quiet = args.process_index > 0
     with args.main_process_first(local=False):
@@ -214,7 +223,7 @@ class Run:
                 json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, measured, strict=True)
             )
             if self.leads:
-                (self.folder.path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+                replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
 
     def _last_evaluation(self) -> dict[str, float] | None:
         """The metrics of the evaluations that training ended with, if it did."""
@@ -245,7 +254,7 @@ class Run:
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 
     def record(self, finished: bool) -> None:
-        """Write `config.yaml` and `prefkit.json`."""
+        """Write `prefkit.json`, `config.yaml` and `data_report.json`; what is finished is on the disk before."""
         if not self.leads:
             return
         facts = {
@@ -268,8 +277,12 @@ class Run:
                 "held_out": sum(ledger.held_out_pairs for ledger in self.data.ledgers),
             },
         }
+        if finished:
+            write_data_report(self.folder.path, self.data.ledgers)
+            fsync_files(self.folder.path)
         write_record(self.folder.path, self.config, facts)
-        write_data_report(self.folder.path, self.data.ledgers)
+        if not finished:
+            write_data_report(self.folder.path, self.data.ledgers)
 
     def show_files(self) -> None:
         """Name the files of the run that are there."""
