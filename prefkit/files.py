@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -108,22 +109,19 @@ def show_bytes(number: float) -> str:
     >>> show_bytes(999), show_bytes(1234567), show_bytes(5e10)
     ('999 bytes', '1.2 MB', '50.0 GB')
     """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            break
-        number /= 1000
-    else:
-        unit = "TB"
-    return f"{number:.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
+    if number < 1000:
+        return f"{number:.0f} bytes"
+    power = min(int(math.log10(number)) // 3, 4)
+    return f"{number / 1000**power:.1f} {['', 'kB', 'MB', 'GB', 'TB'][power]}"
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raises `DiskError` when `needed` bytes for `what` do not fit on the disk of a folder."""
+    """Raises `DiskError` when `needed` bytes do not fit on the disk of a folder; `what` introduces them."""
     free = free_bytes(folder)
     if needed > free:
         raise DiskError(
-            f"{folder}: {what} {'needs' if what.startswith('a ') else 'need'} {show_bytes(needed)}, and the "
-            f"disk has {show_bytes(free)} free. Make room, or set another output_dir."
+            f"{folder}: {what} {show_bytes(needed)}, and the disk has {show_bytes(free)} free. Make room, or "
+            "set another output_dir."
         )
 
 
@@ -140,8 +138,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming_disk_faults(folder: Path, find_whole: Callable[[], Path | None]) -> Iterator[None]:
-    """Turn a disk fault into a `DiskError`; `find_whole` gives the checkpoint that the run would go on from.
+def naming_disk_faults(
+    folder: Path, find_whole: Callable[[], Path | None], command: str = "the same command"
+) -> Iterator[None]:
+    """Turn a disk fault into a `DiskError`; `find_whole` gives the checkpoint that `command` goes on from.
 
     An error that is for the user already stays as it is, and so does a permission that is missing outside
     `folder`, where nothing is written.
@@ -154,9 +154,10 @@ def naming_disk_faults(folder: Path, find_whole: Callable[[], Path | None]) -> I
         fault = find_fault(error)
         if fault is None or (fault.errno in _DENIED and not _is_below(fault.filename, folder)):
             raise
-        path = Path(fault.filename or folder)
+        path = Path(os.fsdecode(fault.filename or folder))
         raise DiskError(
-            f"{path}: {fault.strerror}. The disk has {show_bytes(free_bytes(path))} free. {_tell(find_whole)}"
+            f"{path}: {fault.strerror}. The disk has {show_bytes(free_bytes(path))} free now. "
+            f"{_tell(find_whole)} once the disk takes files again, {command} goes on from there."
         ) from error
 
 
@@ -179,13 +180,8 @@ def _is_below(filename: Any, folder: Path) -> bool:
 
 
 def _tell(find_whole: Callable[[], Path | None]) -> str:
-    mend = "Once the disk takes files again, the same command"
     try:
         whole = find_whole()
     except OSError as error:
-        return (
-            f"The checkpoints cannot be read either ({error.strerror}). {mend} goes on from the newest whole."
-        )
-    if whole is None:
-        return f"No checkpoint had been saved: {mend[0].lower()}{mend[1:]} starts from the beginning."
-    return f"{whole} is whole. {mend} goes on from it."
+        return f"The checkpoints cannot be read either ({error.strerror});"
+    return f"{whole} is whole;" if whole else "No checkpoint was saved, the start is all there is;"

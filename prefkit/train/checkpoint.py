@@ -25,7 +25,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +38,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from prefkit.config.errors import UserError
-from prefkit.files import describe, forget_cached, fsync, fsync_files, naming, naming_disk_faults
+from prefkit.files import describe, forget_cached, fsync, fsync_files, naming
 from prefkit.model.adapter import TRAINED
 
 logger = logging.getLogger(__name__)
@@ -263,7 +262,7 @@ class PickleFreeCheckpoints(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write `checkpoint-<step>` as a whole, then delete what exceeds `save_total_limit`.
 
-        Raises DiskError when the disk does not take it; the older ones are as they were then, and what had
+        Raises OSError when the disk does not take it; the older ones are as they were then, and what had
         been written is gone, since a full disk would stay full.
         """
         kind = self.accelerator.distributed_type.value
@@ -273,13 +272,13 @@ class PickleFreeCheckpoints(Trainer):
             )
         run_dir = Path(self._get_output_dir(trial))
         staging = run_dir / f".saving-{self.state.global_step}"
-        with naming_disk_faults(run_dir, partial(find_newest_checkpoint, run_dir)), naming(staging):
-            try:
+        try:
+            with naming(staging):
                 self._write_checkpoint(run_dir, staging)
-            except BaseException:
-                if self.args.should_save:
-                    shutil.rmtree(staging, ignore_errors=True)
-                raise
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     def _write_checkpoint(self, run_dir: Path, staging: Path) -> None:
         final = run_dir / f"checkpoint-{self.state.global_step}"

@@ -123,6 +123,14 @@ def output_path(config: RunConfig) -> Path:
     return Path(config.training["output_dir"]).expanduser()
 
 
+def command_that_goes_on(config: RunConfig) -> str:
+    """What to run so that an interrupted run goes on from its newest checkpoint, in words."""
+    keys = ["overwrite_output_dir"] if config.output.overwrite_output_dir else []
+    if config.training.get("resume_from_checkpoint") not in (None, True):
+        keys.append("resume_from_checkpoint")
+    return f"the same command without {' and '.join(keys)}" if keys else "the same command"
+
+
 def _try_to_write(path: Path) -> None:
     """Make the folder and write a file in it. Raises `DiskError` when that fails."""
     probe = path / _PROBE

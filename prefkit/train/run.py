@@ -37,9 +37,10 @@ from prefkit.train.callbacks import (
     evaluation_prefix,
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
-from prefkit.train.output import OutputFolder, open_output_folder, output_path
+from prefkit.train.output import OutputFolder, command_that_goes_on, open_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
+from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 
@@ -53,7 +54,8 @@ _PROBED = 256  # rows among which the shortest are taken for the probe
 def train(config: RunConfig, console: Console) -> None:
     """Run a config. Raises `UserError` for whatever its owner can mend."""
     folder = output_path(config)
-    with naming_disk_faults(folder, partial(find_newest_checkpoint, folder)):
+    newest = partial(find_newest_checkpoint, folder)
+    with naming_disk_faults(folder, newest, command_that_goes_on(config)):
         _train(config, console)
 
 
@@ -68,6 +70,7 @@ def _train(config: RunConfig, console: Console) -> None:
             f"The run in {folder.path} is finished; overwrite_output_dir: true would start it afresh."
         )
         return
+    check_before_loading(config, args, folder, console.print)
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
@@ -86,6 +89,7 @@ def _train(config: RunConfig, console: Console) -> None:
     ).build()
     trainer = _build_trainer(config, args, policy, reference, data, template, folder, console)
     run = Run(config, folder, trainer, policy, template, data, weights, console)
+    run.check_space()
     if run.leads:
         folder.clear()
     run.record(finished=False)
@@ -166,6 +170,16 @@ class Run:
         """The reference in words."""
         reference = self.trainer.stage.reference
         return reference.describe() if reference else "none"
+
+    def check_space(self) -> None:
+        """Raises `DiskError` when what the run will write does not fit on the disk."""
+        if self.trainer.args.do_train:
+            num_rows = 0 if isinstance(self.data.train, StreamedRows) else len(self.data.train)
+            stops_early = bool(self.config.method.early_stopping_steps)
+            check_before_training(
+                self.trainer.args, self.policy.model, num_rows, stops_early, self.folder, self.console.print
+            )
+        PartialState().wait_for_everyone()  # before the files that others have counted are removed
 
     def train(self) -> None:
         """Train, and save weights, tokenizer, state, results, probe and curves."""
@@ -254,7 +268,10 @@ class Run:
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 
     def record(self, finished: bool) -> None:
-        """Write `prefkit.json`, `config.yaml` and `data_report.json`; what is finished is on the disk before."""
+        """Write `prefkit.json`, `config.yaml` and `data_report.json`.
+
+        The record is the first file of a run, and says that it is finished after all others are on the disk.
+        """
         if not self.leads:
             return
         facts = {

@@ -591,7 +591,7 @@ def test_state_that_json_cannot_keep_is_refused(value: Any, tmp_path: Path) -> N
 
     with pytest.raises(CheckpointError, match=r"stage_state\.json"):
         make_trainer(tmp_path, Odd).train()
-    assert [path.name for path in tmp_path.iterdir()] == [".saving-3"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_plateau_scheduler_with_infinite_best(trained: TinyTrainer, tmp_path: Path) -> None:
