@@ -53,10 +53,11 @@ class LogFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and drop lines beyond the step that training goes on from."""
+        """Start the clock, and drop lines beyond the checkpoint that training goes on from."""
         self.started, self.first_step = time.time(), state.global_step
         if state.is_world_process_zero:
-            _keep_lines(_log_file(args), state.global_step)
+            written = sum(1 for logs in state.log_history if _numbers_of(logs))
+            _keep_lines(_log_file(args), state.global_step, written)
 
     def on_log(
         self,
@@ -67,15 +68,10 @@ class LogFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line."""
-        logs = logs or {}
-        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps}
-        line |= {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
-        if (prefix := evaluation_prefix(logs)) is not None:
-            line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
-            if name := prefix.removeprefix("eval_").removesuffix("_"):
-                line["eval_dataset"] = name
-        if not state.is_world_process_zero or not line.keys() & {"loss", "eval_loss"}:
+        numbers = _numbers_of(logs or {})
+        if not state.is_world_process_zero or not numbers:
             return
+        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps, **numbers}
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
@@ -92,12 +88,25 @@ def _log_file(args: TrainingArguments) -> Path:
     return Path(args.output_dir) / LOG_FILE
 
 
-def _keep_lines(file: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`: a resumed run writes the later ones again."""
+def _numbers_of(logs: dict[str, float]) -> dict[str, Any]:
+    """What a line of the file says of a line of the Trainer's log; empty where it has none."""
+    line: dict[str, Any] = {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
+    if (prefix := evaluation_prefix(logs)) is not None:
+        line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
+        if name := prefix.removeprefix("eval_").removesuffix("_"):
+            line["eval_dataset"] = name
+    return line if line.keys() & {"loss", "eval_loss"} else {}
+
+
+def _keep_lines(file: Path, last_step: int, number: int) -> None:
+    """Keep the first `number` lines of steps up to `last_step`.
+
+    A resumed run writes the later ones again, and that of an evaluation after the last step.
+    """
     if file.exists():
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if last_step and _step_of(line) <= last_step]
-        replace_text(file, "".join(kept))
+        kept = [line for line in lines if _step_of(line) <= last_step]
+        replace_text(file, "".join(kept[:number]))
 
 
 def _step_of(line: str) -> float:
@@ -183,6 +192,15 @@ class EarlyStopping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the evaluations since the best."""
+        self._count(args, state, control)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count those before a resume: the checkpoint may be the one that training was to end with."""
+        self._count(args, state, control)
+
+    def _count(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
         is_greater_better = args.greater_is_better
         if is_greater_better is None:
@@ -190,8 +208,7 @@ class EarlyStopping(TrainerCallback):
         values = [
             line[name] if is_greater_better else -line[name] for line in state.log_history if name in line
         ]
-        since_best = len(values) - 1 - values.index(max(values))
-        if since_best >= self.patience:
+        if values and len(values) - 1 - values.index(max(values)) >= self.patience:
             control.should_training_stop = True
 
 

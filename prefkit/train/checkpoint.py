@@ -399,6 +399,13 @@ class PickleFreeCheckpoints(Trainer):
             for name, generator in _torch_generators(self.args.device).items():
                 generator.set_rng_state(torch.tensor(states[name], dtype=torch.uint8))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, unless no step is left: the Trainer would take one upon the last checkpoint."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Sum up the whole run, the sessions before a resume included."""
         self._load_rng_state(self._resume_from)  # not done yet if there was no step left to take

@@ -139,6 +139,8 @@ def _try_to_write(path: Path) -> None:
         probe.write_bytes(bytes(4096))
         fsync(probe)
         probe.unlink(missing_ok=True)  # another process of this run may try as well
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DiskError(f"output_dir: cannot write to {path}: {error.filename} is not a folder") from error
     except OSError as error:
         raise DiskError(f"output_dir: cannot write to {path}: {error.strerror}") from error
 

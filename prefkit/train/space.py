@@ -139,18 +139,19 @@ def _size(path: Path) -> int:
 
 
 def _num_weights(folder: Path) -> int:
-    """Weights in a model's files, without a head of its own, which may be the embedding again; 0 where the
-    folder is none or holds no such files.
+    """Weights in a model's files, without a head of its own, which may be the embedding again.
+
+    0 where the folder is none, or holds no such files or damaged ones: the loader says so.
     """
     files = [folder / "model.safetensors"]
     if not files[0].is_file():
         files = sorted(folder.glob("model-*-of-*.safetensors"))
-    return sum(
-        math.prod(tensor["shape"])
-        for file in files
-        for name, tensor in _read_header(file).items()
-        if name not in ("__metadata__", "lm_head.weight")
-    )
+    try:
+        tensors = [item for file in files for item in _read_header(file).items()]
+        shapes = [it["shape"] for name, it in tensors if name not in ("__metadata__", "lm_head.weight")]
+        return sum(math.prod(shape) for shape in shapes)
+    except (ValueError, LookupError, TypeError):
+        return 0
 
 
 def _read_header(file: Path) -> dict[str, dict[str, list[int]]]:
