@@ -98,16 +98,16 @@ def test_a_disk_fault_says_all(tmp_path: Path, number: int) -> None:
 
 
 def test_without_a_checkpoint_that_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match=rf"^{tmp_path}: No space.* No checkpoint was saved"):
-        with naming_disk_faults(tmp_path, no_checkpoint):
-            raise failing(errno.ENOSPC)
+    told = rf"^{tmp_path}: No space.* No checkpoint was saved"
+    with pytest.raises(DiskError, match=told), naming_disk_faults(tmp_path, no_checkpoint):
+        raise failing(errno.ENOSPC)
 
     def unreadable() -> None:
         raise failing(errno.EIO)
 
-    with pytest.raises(DiskError, match="checkpoints cannot be read either"):
-        with naming_disk_faults(tmp_path, unreadable):
-            raise failing(errno.EIO)
+    told = "checkpoints cannot be read either"
+    with pytest.raises(DiskError, match=told), naming_disk_faults(tmp_path, unreadable):
+        raise failing(errno.EIO)
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:

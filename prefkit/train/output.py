@@ -29,9 +29,8 @@ _WRITTEN = (
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
 )
 _PROBE, _LOCK = ".prefkit-probe", ".prefkit.lock"
-_SCRATCH = re.compile(
-    rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}|\.tmp\w{{6}}"
-)  # .tmp: safetensors
+_SCRATCH = re.compile(rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
+_SCRATCH_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
 @dataclass(frozen=True)
@@ -153,5 +152,5 @@ def _is_scratch(path: Path) -> bool:
 def _remove_scratch(path: Path, is_ours: bool) -> None:
     """Remove what a killed start or a killed write left; a library's scratch only in the folder of a run."""
     for file in path.glob(".*"):
-        if _SCRATCH.fullmatch(file.name) and (is_ours or not file.name.startswith(".tmp")):
+        if _SCRATCH.fullmatch(file.name) or (is_ours and _SCRATCH_OF_SAFETENSORS.fullmatch(file.name)):
             file.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 # Optimisers that keep two numbers for each weight in the weight's own format; of others nothing is presumed.
-_ADAM = {"adamw_torch", "adamw_torch_fused", "adamw_apex_fused"}
+_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 # How much of a base model's files is loaded at least: they may hold a vision tower or further heads.
 _LOADED = 0.75
 
@@ -122,7 +122,7 @@ def _check(folder: OutputFolder, sizes: Sizes, sure: int, possible: int, say: Sa
 
 
 def _num_moments(args: TrainingArguments) -> int:
-    return 2 if str(args.optim) in _ADAM and not args.save_only_model else 0
+    return 2 if args.optim in _ADAM and not args.save_only_model else 0
 
 
 def _bytes(model: nn.Module, trained_only: bool) -> int:

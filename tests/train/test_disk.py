@@ -141,32 +141,46 @@ def test_a_quota_stops_a_save(tmp_path: Path) -> None:
         check_saved(tmp_path / f"limited-{number}" / "checkpoint-9", tmp_path / "limited-10" / "checkpoint-9")
 
 
-def test_an_error_at_each_operation_of_a_save(tmp_path: Path) -> None:
-    """The n-th operation fails: a whole checkpoint is left, and the next start and save leave no litter."""
+def save_with_errors(tmp_path: Path, first: int, stride: int) -> int:
+    """Let each `stride`-th operation of a save fail; how many did.
+
+    A whole checkpoint is left, and the next start and save leave no litter.
+    """
+    failed = 0
 
     def try_save(run_folder: Path, number: int, save: Callable[[Path], None]) -> bool:
+        nonlocal failed
+        operation = first + number * stride
+
         def work() -> int:
             folder = tmp_path / "faulty"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(run_folder, folder)
-            operations = fail_at(number + 1, errno.EIO)
+            operations = fail_at(operation, errno.EIO)
             try:
                 save(folder)
             except OSError as error:
                 assert error.errno == errno.EIO and error.filename
-            if operations() <= number:
+            if operations() < operation:
                 return 0
             assert find_newest_checkpoint(folder)
             remove_leftovers(folder)
             save(folder)
             verify_checkpoint(folder / "checkpoint-9")
+            assert {path.name for path in folder.iterdir()} == {"checkpoint-9"}
             return 2
 
         code = in_child(work)
-        assert code in (0, 2), number
+        assert code in (0, 2), operation
+        failed += code == 2
         return code == 2
 
     part(tmp_path, try_save)
+    return failed
+
+
+def test_an_error_at_an_operation_of_a_save(tmp_path: Path) -> None:
+    assert save_with_errors(tmp_path, first=2, stride=3) > 12
 
 
 def test_what_the_disk_gives_back_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
