@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -135,9 +136,11 @@ def _try_to_write(path: Path) -> None:
     probe = path / _PROBE
     try:
         make_folder(path)
-        probe.write_bytes(bytes(4096))
-        fsync(probe)
-        probe.unlink(missing_ok=True)  # another process of this run may try as well
+        with probe.open("wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink(missing_ok=True)  # another process of this run tries as well
     except (FileExistsError, NotADirectoryError) as error:
         raise DiskError(f"output_dir: cannot write to {path}: {error.filename} is not a folder") from error
     except OSError as error:

@@ -81,7 +81,8 @@ def check_before_training(
     case, two of them or one, do not fit with the final weights.
     """
     sizes = sizes_of(model, args)
-    done = int(folder.checkpoint.name.rpartition("-")[2]) if folder.checkpoint else 0
+    number = folder.checkpoint.name.rpartition("-")[2] if folder.checkpoint else ""
+    done = int(number) if number.isdecimal() else 0
     saves = num_saves(args, num_rows, done)
     existing = 0 if folder.holds_old_run else len(list(folder.path.glob("checkpoint-*")))
     certain = min(saves, 1 if stops_early else 2)

@@ -327,5 +327,6 @@ def test_a_folder_without_permission_is_found_at_once(
 def test_a_file_is_no_output_folder(write_config: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     for folder in (tmp_path / "out", tmp_path / "out" / "below"):
+        config = write_config(model_name_or_path="nobody/nothing", output_dir=str(folder))
         with pytest.raises(DiskError, match=f"cannot write to {folder}: {tmp_path / 'out'} is not a folder"):
-            run(write_config(model_name_or_path="nobody/nothing", output_dir=str(folder)))
+            run(config)
