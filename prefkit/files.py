@@ -68,9 +68,12 @@ def fsync(path: Path) -> None:
 
 
 def fsync_files(folder: Path) -> None:
-    """Force the files in a folder to disk, neither their names nor folders below."""
+    """Force the files in a folder to disk, neither their names nor folders below.
+
+    Hidden ones are scratch, or a lock that some file systems let go of when the file is opened once more.
+    """
     for path in sorted(folder.iterdir()):
-        if path.is_file():
+        if path.is_file() and not path.name.startswith("."):
             fsync(path)
 
 
