@@ -51,6 +51,7 @@ def train(
     _quiet_libraries()
 
     from prefkit.runs.report import make_console
+    from prefkit.train.output import command_that_goes_on
     from prefkit.train.run import train as run
     from prefkit.train.signals import Interrupted
 
@@ -60,8 +61,8 @@ def train(
     except Interrupted as end:
         console.show_cursor()
         if not console.quiet:
-            but = ", with overwrite_output_dir=false," if loaded.config.output.overwrite_output_dir else ""
-            print(f"\n{end} The same command{but} goes on from the last checkpoint.", file=sys.stderr)
+            command = command_that_goes_on(loaded.config)
+            print(f"\n{end} To go on from the last checkpoint: {command}.", file=sys.stderr)
         sys.exit(end.exit_code)
 
 

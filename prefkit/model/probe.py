@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.files import replace_text
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
@@ -90,7 +91,7 @@ def compare(probe: Probe, model: nn.Module) -> tuple[float, float]:
 
 def write_probe(probe: Probe, folder: Path) -> None:
     """Write `probe.json`."""
-    (folder / PROBE_FILE).write_text(json.dumps(asdict(probe)) + "\n", encoding="utf-8")
+    replace_text(folder / PROBE_FILE, json.dumps(asdict(probe)) + "\n")
 
 
 def read_probe(folder: Path) -> Probe | None:

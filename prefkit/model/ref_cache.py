@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.files import naming
 from prefkit.model.errors import ModelError
 from prefkit.model.reference import Reference
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
@@ -89,8 +90,9 @@ class LogpsStore:
         digest = _digest(tensors)
         file = self.folder / f"{digest[:24]}.safetensors"
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(tensors, scratch, {"sha256": digest})
-        scratch.replace(file)
+        with naming(file):
+            save_file(tensors, scratch, {"sha256": digest})
+            scratch.replace(file)
         self._read.add(file.name)
         self._fresh = set()
 

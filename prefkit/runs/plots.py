@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefkit.files import naming
+
 CURVES = {
     "training_loss.png": ("loss", "training loss"),
     "training_eval_loss.png": ("eval_loss", "held-out loss"),
@@ -62,7 +64,8 @@ def _draw(log_history: Sequence[dict[str, Any]], titles: dict[str, str], file: P
         axes.set(xlabel="step", title=title.capitalize())
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    with naming(file):
+        figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 

@@ -12,6 +12,7 @@ from prefkit import __version__
 from prefkit.config import RunConfig, dump_yaml
 from prefkit.config.errors import UserError
 from prefkit.data.ledger import Ledger, data_report
+from prefkit.files import replace_text
 
 RECORD_FILE, CONFIG_FILE, DATA_FILE = "prefkit.json", "config.yaml", "data_report.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors")
@@ -23,16 +24,27 @@ def library_versions() -> dict[str, str]:
 
 
 def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Write `config.yaml`, the resolved config, and `prefkit.json`, the facts of the run."""
-    _replace(folder / CONFIG_FILE, dump_yaml(config.to_yaml_dict()))
-    record = {**facts, "versions": library_versions()}
-    _replace(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    """Write `prefkit.json`, the facts of the run, and `config.yaml`, the resolved config.
+
+    The record comes first: it says that the folder is a run's, whatever else a kill leaves in it.
+    """
+    _write_facts(folder, {**facts, "versions": library_versions()})
+    replace_text(folder / CONFIG_FILE, dump_yaml(config.to_yaml_dict()))
+
+
+def mark_cleared(folder: Path) -> None:
+    """Write into `prefkit.json` that the run in a folder is being removed, and what is left is of no use."""
+    _write_facts(folder, {**(read_record(folder) or {}), "finished": False, "cleared": True})
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    replace_text(folder / RECORD_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_data_report(folder: Path, ledgers: Iterable[Ledger]) -> None:
     """Write `data_report.json`: what became of every row."""
     report = json.dumps(data_report(ledgers), indent=2, ensure_ascii=False)
-    _replace(folder / DATA_FILE, report + "\n")
+    replace_text(folder / DATA_FILE, report + "\n")
 
 
 def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool) -> None:
@@ -42,7 +54,7 @@ def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool
         if is_adapter
         else ("Tuned from", "transformers import AutoModelForCausalLM as Model")
     )
-    _replace(
+    replace_text(
         folder / "README.md",
         f"""---
 base_model: {json.dumps(base_model)}
@@ -71,10 +83,3 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): set another output_dir") from error
     return record
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old text or the new one."""
-    scratch = file.with_name(f".{file.name}.new")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefkit.files import replace_text
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -30,9 +32,9 @@ def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
         parts.append(f"## {sample.prompt}\n\n*{sample.source}*\n")
         parts.append(f"**before**\n\n{_quote(sample.before)}\n\n**after**\n\n{_quote(sample.after)}\n")
     markdown, lines = folder / "samples.md", folder / "samples.jsonl"
-    markdown.write_text("\n".join(parts), encoding="utf-8")
+    replace_text(markdown, "\n".join(parts))
     text = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    lines.write_text(text, encoding="utf-8")
+    replace_text(lines, text)
     return [markdown, lines]
 
 

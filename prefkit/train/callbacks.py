@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefkit.files import naming, replace_text
 from prefkit.model.ref_cache import LogpsStore
 from prefkit.train.spikes import SPIKE_FILE
 
@@ -52,11 +54,12 @@ class LogFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and drop lines beyond the step that training goes on from."""
+        """Start the clock, and drop lines beyond the checkpoint that training goes on from."""
         self.started, self.first_step = time.time(), state.global_step
         if state.is_world_process_zero:
-            for file in (_log_file(args), _log_file(args).with_name(SPIKE_FILE)):
-                _keep_lines(file, state.global_step)
+            written = sum(1 for logs in state.log_history if _numbers_of(logs))
+            _keep_lines(_log_file(args), state.global_step, written)
+            _keep_lines(_log_file(args).with_name(SPIKE_FILE), state.global_step)
 
     def on_log(
         self,
@@ -67,22 +70,18 @@ class LogFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line."""
-        logs = logs or {}
-        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps}
-        line |= {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
-        if (prefix := evaluation_prefix(logs)) is not None:
-            line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
-            if name := prefix.removeprefix("eval_").removesuffix("_"):
-                line["eval_dataset"] = name
-        if not state.is_world_process_zero or not line.keys() & {"loss", "eval_loss"}:
+        numbers = _numbers_of(logs or {})
+        if not state.is_world_process_zero or not numbers:
             return
+        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps, **numbers}
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
         line["percentage"] = round(100 * state.global_step / max(state.max_steps, 1), 2)
         line["elapsed_time"] = str(timedelta(seconds=int(elapsed)))
         line["remaining_time"] = str(timedelta(seconds=int(remaining)))
-        with _log_file(args).open("a", encoding="utf-8") as file:
+        path = _log_file(args)
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -91,13 +90,33 @@ def _log_file(args: TrainingArguments) -> Path:
     return Path(args.output_dir) / LOG_FILE
 
 
-def _keep_lines(file: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`: a resumed run writes the later ones again."""
+def _numbers_of(logs: dict[str, float]) -> dict[str, Any]:
+    """What a line of the file says of a line of the Trainer's log; empty where it has none."""
+    line: dict[str, Any] = {key: logs[name] for key, name in _LOG_KEYS.items() if name in logs}
+    if (prefix := evaluation_prefix(logs)) is not None:
+        line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
+        if name := prefix.removeprefix("eval_").removesuffix("_"):
+            line["eval_dataset"] = name
+    return line if line.keys() & {"loss", "eval_loss"} else {}
+
+
+def _keep_lines(file: Path, last_step: int, number: int | None = None) -> None:
+    """Keep the lines of steps up to `last_step`, the first `number` of them where that is given.
+
+    A resumed run writes the later ones again, and that of an evaluation after the last step.
+    """
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["current_steps"] <= last_step]
-        file.write_text("".join(kept) if last_step else "", encoding="utf-8")
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= last_step]
+        replace_text(file, "".join(kept[:number]))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for one that a kill or a power cut has torn."""
+    try:
+        return int(json.loads(line)["current_steps"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class ProgressBar(TrainerCallback):
@@ -175,6 +194,15 @@ class EarlyStopping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the evaluations since the best."""
+        self._count(args, state, control)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count those before a resume: the checkpoint may be the one that training was to end with."""
+        self._count(args, state, control)
+
+    def _count(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
         is_greater_better = args.greater_is_better
         if is_greater_better is None:
@@ -182,8 +210,7 @@ class EarlyStopping(TrainerCallback):
         values = [
             line[name] if is_greater_better else -line[name] for line in state.log_history if name in line
         ]
-        since_best = len(values) - 1 - values.index(max(values))
-        if since_best >= self.patience:
+        if values and len(values) - 1 - values.index(max(values)) >= self.patience:
             control.should_training_stop = True
 
 

@@ -1,8 +1,8 @@
 """Checkpoints without pickle: `checkpoint-N` exists only when it is whole, and a resumed run is the same run.
 
 A checkpoint is a folder of safetensors and JSON. It is written as `.saving-N`, closed by a manifest of
-sizes and sha256 sums, forced to disk and only then renamed, so a kill or a power cut at any instant leaves
-the older checkpoints as they were. What a run needs besides its weights:
+sizes and sha256 sums, forced to disk, read again and only then renamed, so a kill, a power cut, a full or
+a faulty disk leaves the older checkpoints as they were. What a run needs besides its weights:
 
     optimizer.safetensors   tensors of the optimiser, keyed "index/name"; the rest is in optimizer.json
     scheduler.json          and scaler.json where fp16 scales the loss
@@ -17,10 +17,9 @@ accidents, not against someone who can rewrite the manifest as well.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -40,6 +39,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from prefkit.config.errors import UserError
+from prefkit.files import describe, forget_cached, fsync, fsync_files, naming
 from prefkit.model.adapter import TRAINED
 from prefkit.runs.identity import RUN_FILE
 
@@ -89,7 +89,7 @@ def verify_checkpoint(checkpoint: str | Path) -> None:
     with _blame(checkpoint / MANIFEST):
         listed = _read_json(checkpoint / MANIFEST)["files"]
         for name, entry in listed.items():
-            if name not in found or _describe(checkpoint / name) != entry:
+            if name not in found or describe(checkpoint / name) != entry:
                 state = "was changed after it was saved" if name in found else "is missing"
                 raise CheckpointError(f"{checkpoint}: {name} {state}")
     for name in found:
@@ -128,14 +128,23 @@ def _files(folder: Path) -> list[str]:
 
 
 def _publish(staging: Path, final: Path) -> None:
-    """Turn the finished folder `staging` into `final`: manifest, fsync, rename."""
-    listed = {name: _describe(staging / name) for name in _files(staging)}
+    """Turn the finished folder `staging` into `final`: manifest, fsync, read again, rename.
+
+    Raises OSError when the disk gives back something else than it was given.
+    """
+    listed = {name: describe(staging / name) for name in _files(staging)}
     _write_json(staging / MANIFEST, {"files": listed})
     for path in [*staging.rglob("*"), staging]:
-        _fsync(path)
+        fsync(path)
+        if path.is_file():
+            forget_cached(path)
+    try:
+        verify_checkpoint(staging)
+    except CheckpointError as error:
+        raise OSError(errno.EIO, f"the disk did not keep what was written ({error})", str(final)) from error
     old = _set_aside(final)  # a folder is not replaced in one step; remove_leftovers undoes this half
     staging.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -144,7 +153,9 @@ def _rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
     checkpoints = sorted(_checkpoints(output_dir), key=lambda path: path.stat().st_mtime_ns)
     surplus = len(checkpoints) - limit if limit and limit > 0 else 0
     for checkpoint in [path for path in checkpoints if path.name not in keep][: max(surplus, 0)]:
-        shutil.rmtree(_set_aside(checkpoint, "-deleted"), ignore_errors=True)
+        aside = _set_aside(checkpoint, "-deleted")
+        fsync(output_dir)  # or a power cut could leave the old name on half a checkpoint
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _set_aside(checkpoint: Path, suffix: str = "") -> Path:
@@ -153,22 +164,6 @@ def _set_aside(checkpoint: Path, suffix: str = "") -> Path:
     if checkpoint.exists():
         checkpoint.rename(aside)
     return aside
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 @contextmanager
@@ -200,7 +195,7 @@ def _pack(value: Any, tensors: dict[str, Tensor] | None = None, key: str = "") -
 
 
 def _write_json(path: Path, value: Any, tensors: dict[str, Tensor] | None = None) -> None:
-    with _blame(path):
+    with naming(path), _blame(path):
         path.write_text(json.dumps(_pack(value, tensors), allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
 
@@ -269,15 +264,28 @@ class PickleFreeCheckpoints(Trainer):
         return super().train(self._resume_from, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write `checkpoint-<step>` as a whole, then delete what exceeds `save_total_limit`."""
+        """Write `checkpoint-<step>` as a whole, then delete what exceeds `save_total_limit`.
+
+        Raises OSError when the disk does not take it; the older ones are as they were then, and what had
+        been written is gone, since a full disk would stay full.
+        """
         kind = self.accelerator.distributed_type.value
         if self.args.n_gpu > 1 or (kind != "NO" and not kind.startswith("MULTI_")):
             raise NotImplementedError(
                 f"no checkpoint without pickle yet: {kind}, {self.args.n_gpu} GPUs each"
             )
         run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"checkpoint-{self.state.global_step}"
         staging = run_dir / f".saving-{self.state.global_step}"
+        try:
+            with naming(staging):
+                self._write_checkpoint(run_dir, staging)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, run_dir: Path, staging: Path) -> None:
+        final = run_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -299,10 +307,15 @@ class PickleFreeCheckpoints(Trainer):
                 _write_json(staging / RUN_FILE, self.identity)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            fsync_files(run_dir)  # the log lines up to here
             _publish(staging, final)
-            best = Path(self.state.best_model_checkpoint or final)
-            _rotate(run_dir, self.args.save_total_limit, {final.name, best.name})
+            self._rotate(run_dir, final)
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run_dir: Path, newest: Path) -> None:
+        """Delete what exceeds `save_total_limit`, but neither the newest checkpoint nor the best."""
+        best = Path(self.state.best_model_checkpoint or newest)
+        _rotate(run_dir, self.args.save_total_limit, {newest.name, best.name})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save model, tokenizer or processor, and the arguments as JSON."""
@@ -338,7 +351,7 @@ class PickleFreeCheckpoints(Trainer):
         rest = dict(optimizer.state_dict())
         by_index = {str(index): state for index, state in rest.pop("state").items()}
         _write_json(folder / "optimizer.json", by_index | rest, tensors)
-        with _blame(path := folder / "optimizer.safetensors"):
+        with naming(path := folder / "optimizer.safetensors"):
             save_file(tensors, path)
         for name, part in self._stateful_parts().items():
             # An infinity (the first `best` of a plateau) is no JSON; left out, the constructor sets it again.
@@ -383,6 +396,8 @@ class PickleFreeCheckpoints(Trainer):
         if checkpoint is None:
             return
         self._resume_from = None
+        if self.args.should_save:  # what a kill between a save and its rotation left
+            self._rotate(Path(str(self.args.output_dir)), Path(checkpoint))
         with _blame(path := Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
             states = _read_json(path)
             if states["world_size"] != self.args.world_size:
@@ -395,6 +410,13 @@ class PickleFreeCheckpoints(Trainer):
             np.random.set_state(states["numpy"])
             for name, generator in _torch_generators(self.args.device).items():
                 generator.set_rng_state(torch.tensor(states[name], dtype=torch.uint8))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, unless no step is left: the Trainer would take one upon the last checkpoint."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Sum up the whole run, the sessions before a resume included."""

@@ -17,7 +17,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 class FolderLock:
-    """Holds `.prefkit.lock` in a folder until `release` or the end of the process.
+    """Holds `.prefkit.lock` in a folder until `release`, the end of a `with` block or that of the process.
 
     Raises `UserError` when another process holds it, naming that one. Where the file system has no locks
     `say` tells so, and the run goes on.
@@ -54,6 +54,12 @@ class FolderLock:
         if self._descriptor is not None:
             self.file.unlink(missing_ok=True)
             self._close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def _close(self) -> None:
         if self._descriptor is not None:

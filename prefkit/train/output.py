@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
+from prefkit.files import SCRATCH_SUFFIX, DiskError, fsync, make_folder
 from prefkit.model.probe import PROBE_FILE
 from prefkit.runs.identity import check_same_config
-from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, read_record
-from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
-from prefkit.train.lock import LOCK_FILE, FolderLock
+from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, mark_cleared, read_record
+from prefkit.train.checkpoint import LEFTOVER, find_newest_checkpoint, remove_leftovers, verify_checkpoint
+from prefkit.train.lock import LOCK_FILE
 from prefkit.train.spikes import SPIKE_FILE
 
 # What a run writes into its folder.
@@ -23,6 +26,9 @@ _WRITTEN = (
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
     SPIKE_FILE,
 )
+_PROBE = ".prefkit-probe"
+_SCRATCH = re.compile(rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
+_SCRATCH_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
 @dataclass(frozen=True)
@@ -41,29 +47,41 @@ class OutputFolder:
         """Remove what an earlier run of ours left, and nothing else.
 
         Call it when model and data of the new run have been read: until then it may fail, and the old
-        run is worth more than a message.
+        run is worth more than a message. The record goes on saying that the rest is of no use, so that a
+        kill in the middle does not leave a run that looks whole; the new run replaces it.
         """
-        if not self.holds_old_run:
-            return
-        for pattern in _WRITTEN:
-            for path in self.path.glob(pattern):
+        if self.holds_old_run:
+            mark_cleared(self.path)
+            for path in self.old_files():
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+            fsync(self.path)
+
+    def old_files(self) -> Iterator[Path]:
+        """The files and folders that `clear` removes."""
+        if self.holds_old_run:
+            found = {path for pattern in _WRITTEN for path in self.path.glob(pattern)}
+            yield from sorted(found - {self.path / RECORD_FILE})
 
 
-def make_output_folder(config: RunConfig, say: Callable[[str], None]) -> FolderLock:
-    """Make `output_dir`, and hold it for this run.
-
-    Raises `UserError` when it cannot be written, or when another run is at work in it.
-    """
-    path = Path(config.training["output_dir"]).expanduser()
+def make_output_folder(config: RunConfig) -> Path:
+    """Make `output_dir` and write a file in it; returns the folder. Raises `DiskError` when that fails."""
+    path = output_path(config)
+    probe = path / _PROBE
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        return FolderLock(path, say)
+        make_folder(path)
+        with probe.open("wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink(missing_ok=True)  # another process of this run tries as well
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DiskError(f"output_dir: cannot write to {path}: {error.filename} is not a folder") from error
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to {path}: {error.strerror}") from error
+        raise DiskError(f"output_dir: cannot write to {path}: {error.strerror}") from error
+    return path
 
 
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
@@ -75,12 +93,16 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     Raises `UserError` for a folder with files of another origin, for a run of another config,
     and for a named checkpoint that is not whole.
     """
-    path = Path(config.training["output_dir"]).expanduser()
+    path = output_path(config)
     record = read_record(path)
+    _remove_scratch(path, record is not None)
+    if record is not None and record.get("cleared"):
+        say(f"An earlier run in {path} was being removed; starting from the beginning.")
+        return OutputFolder(path, holds_old_run=True)
     asked = config.training.get("resume_from_checkpoint")
     if config.output.overwrite_output_dir or asked is False:
         return OutputFolder(path, holds_old_run=record is not None)
-    if record is None and any(file.name != LOCK_FILE for file in path.iterdir()):
+    if record is None and any(not _is_scratch(file) for file in path.iterdir()):
         raise UserError(
             f"output_dir: {path} has files in it that are not from a prefkit run. "
             "Set another output_dir, or overwrite_output_dir: true to write among them."
@@ -92,6 +114,8 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
         return OutputFolder(path, Path(asked))
     if record is None:
         return OutputFolder(path)
+    if not record.get("finished") and not (path / CONFIG_FILE).exists():
+        return OutputFolder(path)  # killed between its first file and its second
     check_same_config(path, config)
     if record.get("finished"):
         return OutputFolder(path, finished=True)
@@ -102,3 +126,28 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     else:
         say(f"Resuming from {checkpoint}.")
     return OutputFolder(path, checkpoint)
+
+
+def output_path(config: RunConfig) -> Path:
+    """The folder of `output_dir`."""
+    return Path(config.training["output_dir"]).expanduser()
+
+
+def command_that_goes_on(config: RunConfig) -> str:
+    """What to run so that an interrupted run goes on from its newest checkpoint, in words."""
+    keys = ["overwrite_output_dir"] if config.output.overwrite_output_dir else []
+    if config.training.get("resume_from_checkpoint") not in (None, True):
+        keys.append("resume_from_checkpoint")
+    return f"the same command without {' and '.join(keys)}" if keys else "the same command"
+
+
+def _is_scratch(path: Path) -> bool:
+    """Whether a name in an output folder is one that only a kill leaves, or that of its lock."""
+    return path.name == LOCK_FILE or bool(_SCRATCH.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+
+
+def _remove_scratch(path: Path, is_ours: bool) -> None:
+    """Remove what a killed start or a killed write left; a library's scratch only in the folder of a run."""
+    for file in path.glob(".*"):
+        if _SCRATCH.fullmatch(file.name) or (is_ours and _SCRATCH_OF_SAFETENSORS.fullmatch(file.name)):
+            file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from prefkit.data.dataset import RunData, load_data
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
+from prefkit.files import fsync_files, naming_disk_faults, replace_text
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
 from prefkit.model.load import load_tokenizer
@@ -36,11 +38,20 @@ from prefkit.train.callbacks import (
     ProgressBar,
     evaluation_prefix,
 )
+from prefkit.train.checkpoint import find_newest_checkpoint
+from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces
-from prefkit.train.output import OutputFolder, make_output_folder, open_output_folder
+from prefkit.train.output import (
+    OutputFolder,
+    command_that_goes_on,
+    make_output_folder,
+    open_output_folder,
+    output_path,
+)
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import SaveAndStop, StopSignals
+from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
@@ -54,20 +65,23 @@ _PROBED = 256  # rows among which the shortest are taken for the probe
 
 def train(config: RunConfig, console: Console) -> None:
     """Run a config. Raises `UserError` for whatever its owner can mend, and `Interrupted`."""
-    args = make_training_arguments(config)
-    console.quiet = args.process_index > 0
-    with StopSignals(leads=args.process_index == 0) as signals, ExitStack() as held:
-        with args.main_process_first(local=False):
-            if args.process_index == 0:
-                held.callback(make_output_folder(config, console.print).release)
-            folder = open_output_folder(config, console.print)
-        PartialState().wait_for_everyone()  # before any rank writes to the folder that others look at
-        if folder.finished:
-            console.print(
-                f"The run in {folder.path} is finished; overwrite_output_dir: true would start it afresh."
-            )
-        else:
-            _train(config, args, folder, signals, console)
+    newest = partial(find_newest_checkpoint, output_path(config))
+    with naming_disk_faults(output_path(config), newest, command_that_goes_on(config)):
+        args = make_training_arguments(config)
+        console.quiet = args.process_index > 0
+        with StopSignals(leads=not console.quiet) as signals, ExitStack() as held:
+            with args.main_process_first(local=False):
+                path = make_output_folder(config)
+                if args.process_index == 0:
+                    held.enter_context(FolderLock(path, console.print))
+                folder = open_output_folder(config, console.print)
+            PartialState().wait_for_everyone()  # before any rank writes to the folder that others look at
+            if folder.finished:
+                console.print(
+                    f"The run in {path} is finished; overwrite_output_dir: true would start it afresh."
+                )
+            else:
+                _train(config, args, folder, signals, console)
 
 
 def _train(
@@ -77,6 +91,7 @@ def _train(
     signals: StopSignals,
     console: Console,
 ) -> None:
+    check_before_loading(config, args, folder, console.print)
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
@@ -97,6 +112,7 @@ def _train(
     trainer = _build_trainer(config, args, policy, reference, data, template, folder, signals, console)
     trainer.identity = identity
     run = Run(config, folder, trainer, policy, template, data, weights, console)
+    run.check_space()
     if run.leads:
         folder.clear()
     run.record(finished=False)
@@ -182,6 +198,16 @@ class Run:
         reference = self.trainer.stage.reference
         return reference.describe() if reference else "none"
 
+    def check_space(self) -> None:
+        """Raises `DiskError` when what the run will write does not fit on the disk."""
+        if self.trainer.args.do_train:
+            num_rows = 0 if isinstance(self.data.train, StreamedRows) else len(self.data.train)
+            stops_early = bool(self.config.method.early_stopping_steps)
+            check_before_training(
+                self.trainer.args, self.policy.model, num_rows, stops_early, self.folder, self.console.print
+            )
+        PartialState().wait_for_everyone()  # before the files that others have counted are removed
+
     def train(self) -> None:
         """Train, and save weights, tokenizer, state, results, probe and curves."""
         checkpoint = str(self.folder.checkpoint) if self.folder.checkpoint else None
@@ -239,7 +265,7 @@ class Run:
                 json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, measured, strict=True)
             )
             if self.leads:
-                (self.folder.path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+                replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
 
     def _last_evaluation(self) -> dict[str, float] | None:
         """The metrics of the evaluations that training ended with, if it did."""
@@ -270,7 +296,10 @@ class Run:
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 
     def record(self, finished: bool) -> None:
-        """Write `config.yaml` and `prefkit.json`."""
+        """Write `prefkit.json`, `config.yaml` and `data_report.json`.
+
+        The record is the first file of a run, and says that it is finished after all others are on the disk.
+        """
         if not self.leads:
             return
         facts = {
@@ -293,8 +322,12 @@ class Run:
                 "held_out": sum(ledger.held_out_pairs for ledger in self.data.ledgers),
             },
         }
+        if finished:
+            write_data_report(self.folder.path, self.data.ledgers)
+            fsync_files(self.folder.path)
         write_record(self.folder.path, self.config, facts)
-        write_data_report(self.folder.path, self.data.ledgers)
+        if not finished:
+            write_data_report(self.folder.path, self.data.ledgers)
 
     def show_files(self) -> None:
         """Name the files of the run that are there."""

@@ -32,6 +32,7 @@ from prefkit.train.checkpoint import (
     remove_leftovers,
     verify_checkpoint,
 )
+from tests.train.faults import FORKS, KILLED, die_at, in_child
 
 ROWS, STEPS = 22, 12  # 11 micro-batches an epoch: 6 steps, the last one of a single micro-batch
 TIME_FIELDS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -175,6 +176,18 @@ def test_resume_equals_never_stopping(
     assert outcome(trainer) == whole_run[1]
 
 
+def test_no_step_is_taken_after_the_last(tmp_path: Path) -> None:
+    """Also where the last checkpoint is in the middle of an epoch, and the last step could still be taken."""
+    keys = {"max_steps": 4, "save_steps": 4, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path, **keys)
+    whole.train()
+    resumed = make_trainer(tmp_path, **keys)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert outcome(resumed, 4) == outcome(whole, 4)
+    assert equal(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+
+
 def test_a_resumed_run_resumes_again(
     whole_run: tuple[Path, dict[str, Any]], copied: Callable[..., Path]
 ) -> None:
@@ -236,27 +249,6 @@ def test_each_part_of_the_state_is_needed(
 
 # Kills
 
-FORKS = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)  # Python 3.12
-
-
-def die_at(operation: int) -> None:
-    """End this process at its n-th file operation from now on, as a kill would."""
-    countdown = iter(range(operation - 1, -1, -1))
-
-    def tick(*_: Any) -> None:
-        if next(countdown) == 0:
-            os._exit(9)
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
-            tick()
-
-    os.fsync = tick
-    sys.addaudithook(hook)
-
 
 class Doomed(TinyTrainer):
     """Before the save of step 9 its processes part: one child for each file operation dies there."""
@@ -277,20 +269,16 @@ class Doomed(TinyTrainer):
         folder = Path(f"{self.args.output_dir}-killed-{operation}")
         shutil.copytree(str(self.args.output_dir), folder, copy_function=os.link)
         generator = random.getstate()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                random.setstate(generator)  # a fork seeds it afresh
-                self.args.output_dir = str(folder)
-                die_at(operation)
-                super()._save_checkpoint(model, trial)
-                code = 0
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, 9)
-        if code == 9:
+
+        def save() -> None:
+            random.setstate(generator)  # a fork seeds it afresh
+            self.args.output_dir = str(folder)
+            die_at(operation)
+            super(Doomed, self)._save_checkpoint(model, trial)
+
+        code = in_child(save)
+        assert code in (0, KILLED)
+        if code == KILLED:
             self.killed.append(folder)
         return code == 0
 
@@ -591,7 +579,7 @@ def test_state_that_json_cannot_keep_is_refused(value: Any, tmp_path: Path) -> N
 
     with pytest.raises(CheckpointError, match=r"stage_state\.json"):
         make_trainer(tmp_path, Odd).train()
-    assert [path.name for path in tmp_path.iterdir()] == [".saving-3"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_plateau_scheduler_with_infinite_best(trained: TinyTrainer, tmp_path: Path) -> None:
