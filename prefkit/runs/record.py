@@ -27,6 +27,7 @@ _HARMLESS = {
         "plot_loss",
         "sample_prompts",
         "sample_max_new_tokens",
+        "hang_timeout",
         "do_eval",
         "do_predict",
         "run_name",

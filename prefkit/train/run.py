@@ -39,6 +39,7 @@ from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
+from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -76,15 +77,18 @@ def train(config: RunConfig, console: Console) -> None:
         config, args, policy, tokenizer, data, weights, console.print, tracker
     ).build()
     trainer = _build_trainer(config, args, policy, reference, data, template, folder, console)
-    run = Run(config, folder, trainer, policy, template, data, weights, console)
+    watchdog = Watchdog(config.output.hang_timeout, args.process_index)
+    trainer.add_callback(Heartbeat(watchdog))
+    run = Run(config, folder, trainer, policy, template, data, weights, console, watchdog)
     if run.leads:
         folder.clear()
     run.record(finished=False)
-    if args.do_train:
-        before = run.answers("before")
-        run.train()
-        run.sample(before)
-    run.evaluate()
+    with watchdog, named_worker_deaths():
+        if args.do_train:
+            before = run.answers("before")
+            run.train()
+            run.sample(before)
+        run.evaluate()
     run.record(finished=True)
     run.show_files()
 
@@ -146,6 +150,7 @@ class Run:
     data: RunData
     weights: dict[str, str]
     console: Console
+    watchdog: Watchdog
 
     @property
     def leads(self) -> bool:
@@ -164,6 +169,7 @@ class Run:
             resume_from_checkpoint=str(self.folder.checkpoint) if self.folder.checkpoint else None
         )
         self.trainer.save_model()
+        self.watchdog.beat()
         self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
         self._settle_stream()
@@ -232,7 +238,7 @@ class Run:
         prompts = [example.prompt_ids for example in self.data.held_out[:number]]
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
-        return generate_responses(self.policy.model, self.template, prompts, length)
+        return generate_responses(self.policy.model, self.template, prompts, length, self.watchdog.beat)
 
     def sample(self, before: list[str]) -> None:
         """Answer the prompts again, and show both answers to each."""

@@ -27,11 +27,17 @@ def run(config: Path, *overrides: str) -> str:
 
 def run_in_two(config: Path) -> None:
     """Train in two processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "prefkit", "train", str(config), "ddp_backend=gloo"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = torchrun("-m", "prefkit", "train", str(config), "ddp_backend=gloo")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Python in two processes under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, env=environment, timeout=200
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
