@@ -263,7 +263,7 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as end:

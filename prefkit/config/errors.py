@@ -26,10 +26,12 @@ class Problem(NamedTuple):
 class UserError(Exception):
     """Something that the person who runs prefkit can mend; the message says what and how.
 
-    `exit_code` is that of a command which it ends; docs/reliability.md lists them.
+    `exit_code` is that of a command which it ends; docs/reliability.md lists them. `of_one_rank` is true of
+    what a rank may meet alone: then it reports it, whichever it is, and otherwise the first does for all.
     """
 
     exit_code = 1
+    of_one_rank = False
 
 
 class ConfigError(UserError):

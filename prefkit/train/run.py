@@ -83,7 +83,7 @@ def train(config: RunConfig, console: Console) -> None:
     if run.leads:
         folder.clear()
     run.record(finished=False)
-    with watchdog, named_worker_deaths():
+    with named_worker_deaths(), watchdog:
         if args.do_train:
             before = run.answers("before")
             run.train()

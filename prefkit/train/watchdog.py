@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,6 +22,8 @@ EXIT_CODE = 70
 _SLACK = 5  # seconds beyond the time-out by which a hung process has ended
 _WORKERS_TIME = 1.0  # seconds in which the data workers write their stacks
 _RANKS_TIME = 2.0  # seconds in which other ranks write theirs: a launcher ends all when one has ended
+# How torch's errors about a data worker begin; the second is what remains where batches are pinned.
+_DEATHS = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
 
 _stacks_to: int | None = None  # descriptor that a forked child writes its stacks to; None: nothing is watched
 
@@ -139,25 +142,38 @@ class Heartbeat(TrainerCallback):
         self.watchdog.beat(state.global_step)
 
     on_train_begin = on_epoch_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = on_step_end
-    on_prediction_step = on_evaluate = on_predict = on_log = on_save = on_epoch_end = on_train_end = on_step_end
+    on_prediction_step = on_evaluate = on_predict = on_log = on_save = on_epoch_end = on_train_end = (
+        on_step_end
+    )
 
 
 class WorkerDied(UserError):
     """A process that loads data ended before its time."""
 
     exit_code = EXIT_CODE
+    of_one_rank = True
 
 
 @contextmanager
 def named_worker_deaths() -> Iterator[None]:
-    """Raises `WorkerDied` for torch's own error about a data worker that was killed or ended."""
+    """Raises `WorkerDied` for whatever torch raises when a data worker was killed or ended."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _is_worker_death(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises again, here or later
+        what = str(error).strip() or type(error).__name__
         raise WorkerDied(
-            f"A process that loads data died ({error}). Most often the system ended it for want of memory: "
-            "free some, or write `dataloader_num_workers: 0`, which needs no such process. The same command "
-            "goes on from the last checkpoint."
+            f"A process that loads data died ({what}). Most often the system ended it for want "
+            "of memory: free some, or write `dataloader_num_workers: 0`, which needs no such process. The "
+            "same command goes on from the last checkpoint."
         ) from error
+
+
+def _is_worker_death(error: Exception) -> bool:
+    """Whether it is torch's error about a worker, or a connection that broke while a worker handed its batch
+    over: torch then looks for dead workers, an instant too early."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(_DEATHS)
+    return any(frame.f_code.co_name == "_try_get_data" for frame, _ in walk_tb(error.__traceback__))

@@ -35,9 +35,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Python in two processes under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, env=environment, timeout=200
-    )
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=200)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

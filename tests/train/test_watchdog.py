@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,15 @@ class Child:
             try:
                 os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT, 0o600), 2)
                 sys.stderr = sys.__stderr__
+                os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns in a run of two processes without it
                 AcceleratorState._reset_state(reset_partial_state=True)
                 work()
                 code = 0
             except SystemExit as end:
                 code = end.code  # type: ignore[assignment]
+            except Exception:
+                traceback.print_exc()
+                raise
             finally:
                 sys.stderr.flush()
                 os._exit(code)
@@ -103,9 +107,9 @@ def change_worker(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -
     monkeypatch.setattr(trainer, "_collate", collates)
 
 
-def in_time(mark: Path) -> bool:
+def in_time(mark: Path, slack: float = 5) -> bool:
     """Whether it is no longer than time-out and slack since the hang began."""
-    return time.time() - mark.stat().st_mtime < TIMEOUT + 5
+    return time.time() - mark.stat().st_mtime < TIMEOUT + slack
 
 
 def test_hang_timeout(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,30 +150,35 @@ def is_running(pid: int) -> bool:
     return file.exists() and file.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_data_worker_that_is_killed(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_data_worker_that_is_killed(
+    rank: str, write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rank it belongs to says so."""
     change_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     config = write_config(dataloader_num_workers=1, max_steps=6)
-    child = Child(tmp_path / "stderr", lambda: command(config))
+    child = Child(tmp_path / "stderr", lambda: command(config, RANK=rank))
     assert child.end() == 70
     (line,) = [line for line in child.written().splitlines() if line.startswith("error: ")]
-    assert "A process that loads data died" in line and "Killed" in line
+    assert "A process that loads data died" in line
     assert "`dataloader_num_workers: 0`" in line and "goes on from the last checkpoint" in line
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="^shapes differ$"), watchdog.named_worker_deaths():
+    with pytest.raises(RuntimeError, match="shapes differ"), watchdog.named_worker_deaths():
         raise RuntimeError("shapes differ")
 
 
 def test_a_call_that_keeps_the_interpreter(
     write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(watchdog, "_SLACK", 2)
     hang_at_third_step(monkeypatch, lambda: fall_asleep(tmp_path / "mark", ctypes.PyDLL(None).sleep))
     config = write_config(**HANGS)
     child = Child(tmp_path / "stderr", lambda: command(config))
     assert child.end() == 1
-    assert time.time() - (tmp_path / "mark").stat().st_mtime < TIMEOUT + 6
-    assert "Timeout (0:00:08)!" in child.written() and "in fall_asleep" in child.written()
+    assert in_time(tmp_path / "mark")
+    assert "Timeout (0:00:05)!" in child.written() and "in fall_asleep" in child.written()
 
 
 def test_a_rank_that_stands_still(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,46 +210,49 @@ def test_a_rank_that_stands_still(write_config, tmp_path: Path, monkeypatch: pyt
 
 
 SLEEPS_ON_RANK_1 = """
-import os, sys, time
-from prefkit import cli
+import os, time
+from prefkit.cli import main
 from prefkit.train.stages import DpoStage
 compute, calls = DpoStage.compute, iter(range(1000))
 def fall_asleep():
-    open(sys.argv[-1], "w").close()
+    open(os.environ["MARK"], "w").close()
     time.sleep(60)
 def computes(self, model, inputs):
     if next(calls) == 2 and os.environ["RANK"] == "1":
         fall_asleep()
     return compute(self, model, inputs)
 DpoStage.compute = computes
-sys.argv[1:] = ["train", sys.argv[1]]
-cli.main()
+main()
 """
 
 
-def test_a_rank_that_hangs_under_torchrun(write_config, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_under_torchrun(
+    write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ranks write their stacks before torchrun, which ends all when one has ended, can end the other."""
-    (tmp_path / "hangs.py").write_text(SLEEPS_ON_RANK_1.replace("sys.argv[-1]", repr(str(tmp_path / "mark"))))
-    config = write_config(**HANGS, ddp_backend="gloo")
-    done = torchrun(str(tmp_path / "hangs.py"), str(config))
+    (tmp_path / "hangs.py").write_text(SLEEPS_ON_RANK_1)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    done = torchrun("-m", "hangs", "train", str(write_config(**HANGS, ddp_backend="gloo")))
     assert done.returncode != 0
-    assert in_time(tmp_path / "mark")
+    assert in_time(tmp_path / "mark", slack=10)
     assert "after step 2 (rank 0)" in done.stderr and "after step 2 (rank 1)" in done.stderr
     assert "in fall_asleep" in done.stderr and "exitcode  : 70" in done.stderr
     verify_checkpoint(tmp_path / "out" / "checkpoint-2")
 
 
 def test_a_slow_run_is_left_alone(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps, evaluation batches and answers of 0.7 s: more than the time-out together, less each."""
+    """Micro-batches of 0.5 s: a step of six of them takes more than the time-out, and so does an evaluation."""
     compute = DpoStage.compute
 
     def computes(self: DpoStage, model: Any, inputs: Any) -> Any:
-        time.sleep(0.7)
+        time.sleep(0.5)
         return compute(self, model, inputs)
 
     monkeypatch.setattr(DpoStage, "compute", computes)
     config = write_config(
-        **HANGS | {"max_steps": 5}, eval_dataset="held_out", do_eval=True, per_device_eval_batch_size=1
+        **{"hang_timeout": 2, "max_steps": 1, "gradient_accumulation_steps": 6},
+        **{"eval_dataset": "pairs", "do_eval": True, "per_device_eval_batch_size": 2},
     )
     child = Child(tmp_path / "stderr", lambda: command(config))
     assert child.end() == 0, child.written()
@@ -261,15 +273,18 @@ def test_time_in_which_the_process_stands_still_does_not_count(tmp_path: Path) -
     assert child.end() == 0, child.written()
 
 
-def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hangs() -> None:
+        monkeypatch.setattr(watchdog, "_SLACK", 1)
         os.dup2(full_pipe(), 2)
         with Watchdog(0.5):
             time.sleep(60)
 
     start = time.monotonic()
     assert Child(tmp_path / "stderr", hangs).end() == -signal.SIGALRM
-    assert time.monotonic() - start < 0.5 + 5 + 2
+    assert time.monotonic() - start < 0.5 + 1 + 2
 
 
 def full_pipe() -> int:
