@@ -245,8 +245,8 @@ class OutputConfig:
     hang_timeout: int = key(
         1800,
         "Seconds without progress after which a process of the run writes the stacks of its threads and data "
-        "workers and ends with exit code 70; a step, an evaluation batch or a save that takes longer counts "
-        "as a hang. 0 waits for ever.",
+        "workers and ends with exit code 70 (0: never); a step, an evaluation batch or a save that takes "
+        "longer counts as a hang.",
         minimum=0,
         elsewhere="0",
     )

@@ -79,10 +79,9 @@ class Watchdog:
         """Watch no longer."""
         global _stacks_to
         if self.seconds:
+            _stacks_to = None
             self._left.set()
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
-            _stacks_to = None
 
     def _arm(self) -> None:
         faulthandler.dump_traceback_later(self.seconds + _SLACK, exit=True, file=self._descriptor)
@@ -100,6 +99,7 @@ class Watchdog:
                 beats, waited = self._beats, 0.0
             if waited >= self.seconds:
                 self._end()
+        faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:
         signal.alarm(_SLACK)  # ends the process even if nobody reads stderr and writing to it blocks
@@ -142,9 +142,7 @@ class Heartbeat(TrainerCallback):
         self.watchdog.beat(state.global_step)
 
     on_train_begin = on_epoch_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = on_step_end
-    on_prediction_step = on_evaluate = on_predict = on_log = on_save = on_epoch_end = on_train_end = (
-        on_step_end
-    )
+    on_prediction_step = on_evaluate = on_log = on_save = on_epoch_end = on_train_end = on_step_end
 
 
 class WorkerDied(UserError):

@@ -242,11 +242,11 @@ def test_a_rank_that_hangs_under_torchrun(
 
 
 def test_a_slow_run_is_left_alone(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batches of 0.5 s: a step of six of them takes more than the time-out, and so does an evaluation."""
+    """Micro-batches of 0.4 s: a step of six takes more than the time-out, and so does an evaluation."""
     compute = DpoStage.compute
 
     def computes(self: DpoStage, model: Any, inputs: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.4)
         return compute(self, model, inputs)
 
     monkeypatch.setattr(DpoStage, "compute", computes)
