@@ -267,7 +267,7 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
+        if error.of_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as end:

@@ -26,12 +26,12 @@ class Problem(NamedTuple):
 class UserError(Exception):
     """Something that the person who runs prefkit can mend; the message says what and how.
 
-    `exit_code` is that of a command which it ends; docs/reliability.md lists them. `on_every_rank` says that
-    all processes of a run come to it alike, so that one of them tells it.
+    `exit_code` is that of a command which it ends; docs/reliability.md lists them. `of_one_rank` is true of
+    what a rank may meet alone: then it reports it, whichever it is, and otherwise the first does for all.
     """
 
     exit_code = 1
-    on_every_rank = True
+    of_one_rank = False
 
 
 class ConfigError(UserError):

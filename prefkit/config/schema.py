@@ -236,12 +236,20 @@ class TuningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What a run leaves behind beside the weights."""
+    """What a run leaves behind beside the weights, and when it is taken to hang."""
 
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that holds an earlier run.")
     plot_loss: bool = key(False, "Draw the curves of loss and reward accuracy.")
     sample_prompts: int = key(0, "Held-out prompts answered before and after training.", minimum=0)
     sample_max_new_tokens: int = key(256, "Most tokens of each such answer.", minimum=1)
+    hang_timeout: int = key(
+        1800,
+        "Seconds without progress after which a process of the run writes the stacks of its threads and data "
+        "workers and ends with exit code 70 (0: never); a step, an evaluation batch or a save that takes "
+        "longer counts as a hang.",
+        minimum=0,
+        elsewhere="0",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

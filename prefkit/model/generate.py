@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,9 +25,11 @@ def generate_responses(
     template: ChatTemplate,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    after_batch: Callable[[], None] = lambda: None,
     batch_size: int = 8,
 ) -> list[str]:
-    """The greedy response to each prompt, as text without control tokens."""
+    """The greedy response to each prompt, as text without control tokens; `after_batch` is called once for
+    each `batch_size` of them."""
     tokenizer = template.tokenizer
     base = base_of(model)
     was_training = model.training
@@ -52,6 +54,7 @@ def generate_responses(
                 pad_token_id=tokenizer.pad_token_id,
             )
             responses += tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+            after_batch()
     model.train(was_training)
     return [response.strip() for response in responses]
 

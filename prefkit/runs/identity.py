@@ -25,7 +25,7 @@ RUN_FILE = "run.json"
 # Keys that may differ between a run and its resumption: they change neither weights nor metrics.
 MAY_CHANGE = {
     *("overwrite_output_dir", "resume_from_checkpoint", "output_dir"),
-    *("plot_loss", "sample_prompts", "sample_max_new_tokens", "do_eval", "do_predict"),
+    *("plot_loss", "sample_prompts", "sample_max_new_tokens", "hang_timeout", "do_eval", "do_predict"),
     *("run_name", "report_to", "disable_tqdm", "log_level", "cache_dir", "tokenized_path", "overwrite_cache"),
     *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy"),
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),

@@ -27,7 +27,7 @@ _SHOWN_ROWS = 8
 class OutOfMemory(UserError):
     """Memory does not suffice, and smaller pieces do not help."""
 
-    on_every_rank = False
+    of_one_rank = True
 
 
 def is_out_of_memory(error: Exception) -> bool:

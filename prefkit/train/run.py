@@ -55,6 +55,7 @@ from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
+from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -111,16 +112,19 @@ def _train(
     ).build()
     trainer = _build_trainer(config, args, policy, reference, data, template, folder, signals, console)
     trainer.identity = identity
-    run = Run(config, folder, trainer, policy, template, data, weights, console)
+    watchdog = Watchdog(config.output.hang_timeout, args.process_index)
+    trainer.add_callback(Heartbeat(watchdog))
+    run = Run(config, folder, trainer, policy, template, data, weights, console, watchdog)
     run.check_space()
     if run.leads:
         folder.clear()
     run.record(finished=False)
-    if args.do_train:
-        before = run.answers("before")
-        run.train()
-        run.sample(before)
-    run.evaluate()
+    with named_worker_deaths(), watchdog:
+        if args.do_train:
+            before = run.answers("before")
+            run.train()
+            run.sample(before)
+        run.evaluate()
     run.record(finished=True)
     run.show_files()
 
@@ -186,6 +190,7 @@ class Run:
     data: RunData
     weights: dict[str, str]
     console: Console
+    watchdog: Watchdog
 
     @property
     def leads(self) -> bool:
@@ -215,6 +220,7 @@ class Run:
             result = self.trainer.train(resume_from_checkpoint=checkpoint)
             self.trainer.check_finite()
             self.trainer.save_model()
+            self.watchdog.beat()
             self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
         self._settle_stream()
@@ -283,7 +289,7 @@ class Run:
         prompts = [example.prompt_ids for example in self.data.held_out[:number]]
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
-        return generate_responses(self.policy.model, self.template, prompts, length)
+        return generate_responses(self.policy.model, self.template, prompts, length, self.watchdog.beat)
 
     def sample(self, before: list[str]) -> None:
         """Answer the prompts again, and show both answers to each."""

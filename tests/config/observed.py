@@ -122,6 +122,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_loraplus_learns_b_faster": "loraplus_lr_ratio",
         "test_loraplus_has_a_rate_for_embeddings": "loraplus_lr_embedding",
     },
+    "tests/train/test_watchdog.py": {
+        "test_hang_timeout": "hang_timeout",
+    },
 }
 # What every other key of TrainingArguments goes through.
 PASSED_ON = "tests/train/test_arguments.py::test_each_key_arrives"

@@ -103,5 +103,7 @@ def test_generation_pads_left_and_stops_at_the_end_token(tokenizer) -> None:
     policy = add_lora(make_model(), TuningConfig())
     template = ChatTemplate(tokenizer, "chatml")
     prompts = [[7, 8, 9, 10, 11], [12]]
-    together = generate_responses(policy, template, prompts, 6)
+    batches: list[None] = []
+    together = generate_responses(policy, template, prompts, 6, lambda: batches.append(None))
+    assert len(batches) == 1
     assert together == [generate_responses(policy, template, [prompt], 6)[0] for prompt in prompts]

@@ -31,13 +31,11 @@ def run_in_two(config: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of a script or module."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Python in two processes under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=200
-    )
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=200)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
