@@ -621,6 +621,15 @@ def test_save_total_limit(limit: int | None, left: list[int], tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"checkpoint-{step}" for step in left)
 
 
+def test_the_limit_holds_after_a_kill_between_the_last_save_and_its_rotation(
+    copied: Callable[..., Path],
+) -> None:
+    folder = copied(9, STEPS)
+    trainer = make_trainer(folder, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in folder.iterdir()] == [f"checkpoint-{STEPS}"]
+
+
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     class Worse(TinyTrainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
