@@ -421,9 +421,6 @@ class PickleFreeCheckpoints(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Sum up the whole run, the sessions before a resume included."""
         self._load_rng_state(self._resume_from)  # not done yet if there was no step left to take
-        if self.args.should_save:  # a kill may have come between the last save and its rotation
-            kept = {f"checkpoint-{self.state.global_step}", Path(self.state.best_model_checkpoint or "").name}
-            _rotate(Path(self._get_output_dir(trial)), self.args.save_total_limit, kept)
         return super()._finalize_training(trial, num_train_samples, self._started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -94,30 +94,33 @@ class StopSignals:
 
 
 class SaveAndStop(TrainerCallback):
-    """Saves a checkpoint at the first step boundary after all ranks know of a signal, and ends the run.
+    """Says when a checkpoint is saved: with each step that saves one, and with the first step after all ranks
+    know of a signal, upon which the run ends.
 
-    It goes after the callbacks that have something to write when a checkpoint is saved.
-
-    A step that ends an epoch is saved after the evaluation and the log line of the epoch, which a resumed
-    run would not make up for.
+    In the last step of an epoch, or of the training, it is saved after the log line and the evaluation that
+    come with the end of the epoch: a resumed run would not make up for them. This callback goes after those
+    that have something to write when a checkpoint is saved.
     """
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+        self._is_owed = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint."""
-        if self.signals.agreed and not float(state.epoch or 0.5).is_integer():
-            control.should_save = True
+        """Ask for a checkpoint, or put it off."""
+        wanted = control.should_save or bool(self.signals.agreed)
+        ends_epoch = control.should_training_stop or float(state.epoch or 0.5).is_integer()
+        control.should_save = wanted and not ends_epoch
+        self._is_owed = wanted and ends_epoch
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint."""
-        if self.signals.agreed:
-            control.should_save = True
+        """Ask for what was put off."""
+        control.should_save = control.should_save or self._is_owed
+        self._is_owed = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

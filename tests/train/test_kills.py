@@ -59,7 +59,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "hinge": {"pref_loss": "hinge", "logging_strategy": "epoch", "save_strategy": "epoch"},
-    "ipo": {"pref_loss": "ipo", "ref_cache": True, "optim": "adafactor"},
+    "ipo": {"pref_loss": "ipo", "ref_cache": True, "optim": "adafactor", "eval_strategy": "epoch"},
+    "cut short": {"max_steps": 9, "num_train_epochs": ..., "eval_strategy": "epoch"},
     "kto_pair": {"pref_loss": "kto_pair", "per_device_train_batch_size": 2},
     "streaming": {"streaming": True, "max_steps": 12, "buffer_size": 4, "num_train_epochs": ...},
 }
