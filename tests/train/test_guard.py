@@ -21,7 +21,7 @@ from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite
 from prefkit.train.spikes import Spike
 from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
-from tests.train.runs import read, run, same
+from tests.train.runs import read, run, same, torchrun
 
 BAD_STEP = 3
 KEYS: dict[str, Any] = {"max_steps": 5, "save_steps": 1, "save_total_limit": 5}
@@ -279,3 +279,29 @@ def test_the_losses_that_others_are_compared_with_resume(guard: StepGuard) -> No
     )
     end_step(other, 4.0)
     assert spikes == [Spike(1, 4.0, pytest.approx(0.7), [("a:1", 4.0)])]
+
+
+ONE_BAD_RANK = """
+import os
+from prefkit.cli import main
+from prefkit.train import stages
+original, calls = stages.response_logps, []
+def logps(*args):
+    found = original(*args)
+    calls.append(found)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        found.logps[0] = found.logps[0] * float("inf")
+    return found
+stages.response_logps = logps
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_number_of_one_rank_ends_both_with_its_row(write_config, tmp_path: Path) -> None:
+    script = tmp_path / "one_bad_rank.py"
+    script.write_text(ONE_BAD_RANK)
+    done = torchrun(str(script), "train", str(write_config(**KEYS)), "ddp_backend=gloo")
+    assert "dpo (sigmoid), step 3: a number is not finite" in done.stderr
+    assert "logps/chosen is infinite for " in done.stderr and done.stderr.count("exitcode  : 65") >= 1
+    assert (tmp_path / "out" / "checkpoint-2").exists() and not (tmp_path / "out" / "checkpoint-3").exists()
