@@ -51,9 +51,9 @@ class SpikeWatch:
     def usual_if_spike(self, loss: float) -> float | None:
         """Add a step's loss; the usual loss where this one stands out, else None.
 
-        >>> watch = SpikeWatch([0.69, 0.70, 0.68, 0.71] * 10)
-        >>> watch.usual_if_spike(0.72), watch.usual_if_spike(3.0)
-        (None, 0.695)
+        >>> watch = SpikeWatch([0.625, 0.75, 0.625, 0.75] * 10)
+        >>> watch.usual_if_spike(0.875), watch.usual_if_spike(3.0)
+        (None, 0.75)
         """
         before = list(self.losses)
         self.losses.append(loss)

@@ -25,12 +25,6 @@ def run(config: Path, *overrides: str) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def run_in_two(config: Path) -> None:
-    """Train in two processes under torchrun."""
-    done = torchrun("-m", "prefkit", "train", str(config), "ddp_backend=gloo")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Python in two processes under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

@@ -64,6 +64,8 @@ OTHERWISE = {
     "activation_checkpointing_kwargs",
     "warmup_ratio",
     "use_cpu",
+    "enable_jit_checkpoint",  # a warning says that it has no effect
+    "auto_find_batch_size",  # likewise
     "report_to",
     "tf32",  # transformers refuses it without a GPU that has it
     "ddp_backend",  # and this without processes that talk to each other

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prefkit.data.readers import DataError
-from tests.train.runs import losses, read, run, run_in_two, same, unfinish
+from tests.train.forks import forks, run_in_two
+from tests.train.runs import losses, read, run, same, unfinish
 
 PAIR = {"instruction": "Q", "chosen": "a good answer", "rejected": "bad"}
 
@@ -72,11 +73,12 @@ def test_a_stream_in_file_order_is_the_data_set_in_file_order(write_config, tmp_
     assert same(tmp_path / "whole", tmp_path / "stream")
 
 
+@forks
 def test_two_processes_share_a_stream(write_config, tmp_path: Path) -> None:
     keys = {"streaming": True, "max_steps": 3, "learning_rate": 1e-3, "disable_shuffling": True}
     run(write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys))
     two = write_config(per_device_train_batch_size=1, output_dir=str(tmp_path / "two"), **keys)
-    run_in_two(two)
+    run_in_two(tmp_path, "train", two)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     reports = [read(tmp_path / name / "data_report.json")["data_sets"][0] for name in ("one", "two")]
     assert reports[0]["trained"] == reports[1]["trained"] == 6

@@ -23,7 +23,7 @@ from transformers.trainer import Trainer
 
 from prefkit.train import checkpoint as checkpoints
 from prefkit.train.checkpoint import PickleFreeCheckpoints, verify_checkpoint
-from tests.train.forks import FORKS, finish, kill_after, start
+from tests.train.forks import FORKS, Fork, command
 
 pytestmark = FORKS
 
@@ -102,34 +102,46 @@ class Lab:
         self.seconds = time.monotonic() - started
         self.expected = outcome(self.whole)
 
-    def start(self, folder: Path, prepare: Callable[[], None] | None = None) -> int:
-        """Start, or go on with, the run in a folder."""
-        command = ["train", str(self.config), f"output_dir={folder}"]
-        return start(command, self.root / f"{folder.name}.txt", prepare)
+    def start(self, folder: Path, prepare: Callable[[], None] | None = None) -> Fork:
+        """Start, or go on with, the run in a folder; `prepare` may change things in its process first."""
 
-    def run(self, folder: Path, prepare: Callable[[], None] | None = None) -> None:
-        """Run to the end."""
-        code = finish(self.start(folder, prepare))
-        assert code == 0, (self.root / f"{folder.name}.txt").read_text()
+        def work() -> None:
+            if prepare is not None:
+                prepare()
+            command("train", self.config, f"output_dir={folder}")()
 
-    def is_same(self, folder: Path) -> bool:
-        """Whether a run ended as the one that was never stopped."""
-        return outcome(folder) == self.expected
+        return Fork(self.root / f"{folder.name}.txt", work)
+
+    def run(self, folder: Path, prepare: Callable[[], None] | None = None) -> str:
+        """Run to the end; what was printed."""
+        fork = self.start(folder, prepare)
+        assert fork.end() == 0, fork.printed()
+        return fork.printed()
+
+    def is_same(self, folder: Path, last_only: bool = False) -> bool:
+        """Whether a run ended as the one that was never stopped; `last_only` leaves out older checkpoints,
+        which a signal adds to."""
+        last = max(int(path.name[11:]) for path in self.whole.glob("checkpoint-*"))
+        older = "checkpoint-(?!{last}/)" if last_only else "nothing"
+        found, expected = (
+            {name: what for name, what in left.items() if not re.match(older.format(last=last), name)}
+            for left in (outcome(folder), self.expected)
+        )
+        return found == expected
 
     def kill(self, name: str, kills: int) -> list[float]:
         """Kill a run that often, at random instants of its time, and let it end; returns the instants."""
         folder, instants = self.root / name, []
         for _ in range(kills):
             instants.append(random.SystemRandom().uniform(0, self.seconds))
-            code = kill_after(self.start(folder), instants[-1])
-            if code is not None:
-                assert code == 0, (self.root / f"{name}.txt").read_text()
+            fork = self.start(folder)
+            if (code := fork.kill_after(instants[-1])) is not None:
+                assert code == 0, fork.printed()
                 instants.pop()
                 break
             for checkpoint in folder.glob("checkpoint-*"):
                 verify_checkpoint(checkpoint)  # never half a one
-        self.run(folder)
-        said = (self.root / f"{name}.txt").read_text()
+        said = self.run(folder)
         assert outcome(folder) == self.expected, f"killed after {instants} s\n{said}"
         return instants
 
@@ -215,7 +227,7 @@ def test_each_part_of_the_state_is_needed(stage: str, lab: Callable[[dict[str, A
     step = 4 + STAGES[stage].get("save_steps", COMMON["save_steps"])  # so that it goes on within an epoch
     for forget in FORGETTING:
         folder = one.root / forget.__name__
-        assert finish(one.start(folder, die_before_save(step))) == -9
+        assert one.start(folder, die_before_save(step)).end() == -9
         one.run(folder, forget)
         if stage == "orpo" and forget is forget_generators:
             continue  # a full model has no dropout, so that nothing is drawn at random

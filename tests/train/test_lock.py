@@ -14,9 +14,10 @@ import pytest
 
 from prefkit.config.errors import UserError
 from prefkit.train.lock import LOCK_FILE, FolderLock
+from tests.train.forks import FORKS
 from tests.train.runs import run
 
-FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = FORKS
 
 
 def refuse(text: str) -> None:
@@ -43,7 +44,6 @@ def hold(folder: Path, with_worker: bool = False) -> int:
     return holder
 
 
-@FORKS
 @pytest.mark.parametrize("with_worker", [False, True], ids=["alone", "a worker lives on"])
 def test_the_second_is_refused_until_the_first_is_killed(tmp_path: Path, with_worker: bool) -> None:
     holder = hold(tmp_path, with_worker)
@@ -59,7 +59,6 @@ def test_the_second_is_refused_until_the_first_is_killed(tmp_path: Path, with_wo
     assert not list(tmp_path.iterdir())
 
 
-@FORKS
 def test_a_run_is_refused_by_name_and_starts_when_the_other_is_gone(write_config, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     holder = hold(tmp_path / "out")

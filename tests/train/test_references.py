@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter
 from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model
+from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, run, same, unfinish, weights
 
 
@@ -50,7 +49,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def watched(self: PrefTrainer, *args: Any, **kwargs: Any) -> Any:
         reference = self.stage.reference
-        batch = pack(list(self.train_dataset), self.data_collator.keywords["layout"]).to_dict()
+        batch = pack(list(self.train_dataset), self.data_collator.layout).to_dict()
 
         def note() -> None:
             inner = reference.reference if isinstance(reference, CachedReference) else reference
@@ -249,18 +248,15 @@ def test_a_cached_full_run_holds_one_model(write_config, monkeypatch: pytest.Mon
         run(write_config(finetuning_type="full", overwrite_output_dir=True))
 
 
+@forks
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_two_processes_fill_and_read_one_cache(write_config, tmp_path: Path, tuning: str) -> None:
     keys = {"max_steps": ..., "num_train_epochs": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "prefkit", "train", str(write_config(**keys)), "ddp_backend=gloo"]
-    command += [f"finetuning_type={tuning}"]
+    config = write_config(**keys, finetuning_type=tuning)
     printed = {}
     for name, cached in (("without", "false"), ("filled", "true"), ("read", "true")):
         more = [f"output_dir={tmp_path / name}", f"ref_cache={cached}"]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        printed[name] = done.stdout
+        printed[name] = run_in_two(tmp_path, "train", config, *more)
     assert "0 of 12 rows found" in printed["filled"] and "12 of 12 rows found" in printed["read"]
     assert same(tmp_path / "filled", tmp_path / "without") and same(tmp_path / "read", tmp_path / "without")
 

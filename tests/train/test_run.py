@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config.errors import UserError
 from prefkit.objectives.pairwise import LOSSES
-from tests.train.runs import losses, read, run, run_in_two, same, weights
+from tests.train.forks import forks, run_in_two
+from tests.train.runs import losses, read, run, same, weights
 
 
 def test_a_run_leaves_its_files(write_config, tmp_path: Path, tiny_model: Path) -> None:
@@ -362,6 +363,7 @@ def test_an_output_folder_that_cannot_be_written(write_config) -> None:
         run(write_config(output_dir="/proc/prefkit"))
 
 
+@forks
 def test_two_processes_are_one_with_twice_the_batch(write_config, tmp_path: Path) -> None:
     keys = {
         "max_steps": 3,
@@ -373,7 +375,7 @@ def test_two_processes_are_one_with_twice_the_batch(write_config, tmp_path: Path
     one = write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys)
     run(one)
     two = write_config(per_device_train_batch_size=1, output_dir=str(tmp_path / "two"), **keys)
-    run_in_two(two)
+    run_in_two(tmp_path, "train", two)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for key, expected in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], expected, atol=2e-6, rtol=1e-4)

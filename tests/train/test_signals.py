@@ -18,7 +18,7 @@ import pytest
 from prefkit.train.checkpoint import find_newest_checkpoint, verify_checkpoint
 from prefkit.train.signals import SIGNALS, Interrupted, StopSignals
 from prefkit.train.trainer import PrefTrainer
-from tests.train.forks import FORKS, finish, has_ended
+from tests.train.forks import FORKS
 from tests.train.runs import run
 from tests.train.test_kills import COMMON, MORE, STAGES, Lab, lab
 
@@ -51,7 +51,7 @@ def raise_signal(number: int) -> Callable[[], None]:
 def test_a_checkpoint_at_the_next_step_boundary(number: signal.Signals, lab: Labs) -> None:
     one = lab(STAGES["dpo-sigmoid"])
     folder, printed = one.root / "stopped", one.root / "stopped.txt"
-    assert finish(one.start(folder, at_step(5, raise_signal(number)))) == 128 + number
+    assert one.start(folder, at_step(5, raise_signal(number))).end() == 128 + number
     said = printed.read_text()
     assert f"{number.name}: saving after this step" in said and "Traceback" not in said
     assert (
@@ -70,7 +70,7 @@ def test_at_the_end_of_an_epoch_in_a_stream_beside_an_evaluation_and_in_the_last
 ) -> None:
     one = lab((STAGES | MORE)[stage])
     folder = one.root / "stopped"
-    assert finish(one.start(folder, at_step(step, raise_signal(signal.SIGTERM)))) == 143
+    assert one.start(folder, at_step(step, raise_signal(signal.SIGTERM))).end() == 143
     assert find_newest_checkpoint(folder) == folder / f"checkpoint-{step}"
     one.run(folder)
     assert one.is_same(folder)
@@ -79,7 +79,7 @@ def test_at_the_end_of_an_epoch_in_a_stream_beside_an_evaluation_and_in_the_last
 def test_a_run_that_saves_no_checkpoints_saves_this_one(lab: Labs) -> None:
     one = lab({"save_strategy": "no", "save_steps": ..., "save_total_limit": ...})
     folder = one.root / "stopped"
-    assert finish(one.start(folder, at_step(3, raise_signal(signal.SIGINT)))) == 130
+    assert one.start(folder, at_step(3, raise_signal(signal.SIGINT))).end() == 130
     verify_checkpoint(folder / "checkpoint-3")
     one.run(folder)
     same = one.root / "stopped" / "adapter_model.safetensors"
@@ -89,7 +89,7 @@ def test_a_run_that_saves_no_checkpoints_saves_this_one(lab: Labs) -> None:
 def test_the_whole_group_gets_it_and_the_workers_leave_it_to_the_run(lab: Labs) -> None:
     one = lab(STAGES["simpo"])
     folder = one.root / "stopped"
-    assert finish(one.start(folder, at_step(5, lambda: os.killpg(0, signal.SIGTERM)))) == 143
+    assert one.start(folder, at_step(5, lambda: os.killpg(0, signal.SIGTERM))).end() == 143
     assert find_newest_checkpoint(folder) == folder / "checkpoint-5"
     one.run(folder)
     assert one.is_same(folder)
@@ -103,7 +103,7 @@ def test_the_second_ends_at_once(lab: Labs) -> None:
 
     one = lab(STAGES["dpo-sigmoid"])
     folder, started = one.root / "stopped", time.monotonic()
-    assert finish(one.start(folder, at_step(5, twice))) == 143
+    assert one.start(folder, at_step(5, twice)).end() == 143
     assert time.monotonic() - started < 30
     assert find_newest_checkpoint(folder) == folder / "checkpoint-4"
     one.run(folder)
@@ -116,17 +116,17 @@ def interrupt(one: Lab, name: str) -> bool:
     child = one.start(folder)
     time.sleep(random.SystemRandom().uniform(0, one.seconds))
     number = random.SystemRandom().choice(SIGNALS)
-    if (code := has_ended(child)) is None:
-        os.kill(child, number)
-        code = finish(child)
-    said = (one.root / f"{name}.txt").read_text()
+    if (code := child.poll()) is None:
+        os.kill(child.pid, number)
+        code = child.end()
+    said = child.printed()
     # Before the handlers are there the signal kills, and python's own handler takes SIGINT.
     assert code in (0, 128 + number, -number), said
     assert "Traceback" not in said, said
     if saved := re.search(r"(\S+/checkpoint-\d+) is saved", said):
         verify_checkpoint(saved[1])
     one.run(folder)
-    assert one.is_same(folder), said
+    assert one.is_same(folder, last_only=True), said
     return code != 0
 
 

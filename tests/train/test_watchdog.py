@@ -7,75 +7,26 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from torch.utils.data import get_worker_info
 
-from prefkit import cli
-from prefkit.train import trainer, watchdog
+from prefkit.train import watchdog
 from prefkit.train.checkpoint import verify_checkpoint
 from prefkit.train.stages import DpoStage
+from prefkit.train.trainer import Collator
 from prefkit.train.watchdog import Watchdog
+from tests.train.forks import FORKS, Fork, command, two_ranks
 from tests.train.runs import read, torchrun
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="forks after autograd has started threads for the GPU"
-    ),
-]
+pytestmark = FORKS
 TIMEOUT = 3  # seconds, as `hang_timeout`
 HANGS = {"hang_timeout": TIMEOUT, "max_steps": 6, "save_steps": 2}
-
-
-class Child:
-    """A fork of this process, which may hang: what it writes to stderr and how it ends."""
-
-    def __init__(self, stderr: Path, work: Callable[[], object]) -> None:
-        self.stderr = stderr
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT, 0o600), 2)
-                sys.stderr = sys.__stderr__
-                os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns in a run of two processes without it
-                AcceleratorState._reset_state(reset_partial_state=True)
-                work()
-                code = 0
-            except SystemExit as end:
-                code = end.code  # type: ignore[assignment]
-            except Exception:
-                traceback.print_exc()
-                raise
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-
-    def end(self) -> int:
-        """Its exit code, minus the signal that ended it; waits for it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def written(self) -> str:
-        """What it has written to stderr."""
-        return self.stderr.read_text()
-
-
-def command(config: Path, **environment: str) -> None:
-    """`prefkit train config`, in a process that may be changed."""
-    os.environ.update(environment)
-    sys.argv = ["prefkit", "train", str(config)]
-    cli.main()
 
 
 def fall_asleep(mark: Path, sleep: Callable[[float], object] = time.sleep) -> None:
@@ -97,14 +48,14 @@ def hang_at_third_step(monkeypatch: pytest.MonkeyPatch, hang: Callable[[], None]
 
 def change_worker(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
     """Do something in the data worker, at its third batch."""
-    collate, calls = trainer._collate, iter(range(1000))
+    collate, calls = Collator.__call__, iter(range(1000))
 
-    def collates(examples: Any, layout: Any) -> Any:
+    def collates(self: Collator, examples: Any) -> Any:
         if get_worker_info() and next(calls) == 2:
             change()
-        return collate(examples, layout)
+        return collate(self, examples)
 
-    monkeypatch.setattr(trainer, "_collate", collates)
+    monkeypatch.setattr(Collator, "__call__", collates)
 
 
 def in_time(mark: Path, slack: float = 5) -> bool:
@@ -116,15 +67,15 @@ def test_hang_timeout(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A step that sleeps."""
     hang_at_third_step(monkeypatch, lambda: fall_asleep(tmp_path / "mark"))
     config = write_config(**HANGS)
-    child = Child(tmp_path / "stderr", lambda: command(config))
+    child = Fork(tmp_path / "stderr", command("train", config))
     assert child.end() == 70
     assert in_time(tmp_path / "mark")
-    assert "error: No progress for 3 s after step 2 (rank 0)" in child.written()
-    assert "in fall_asleep" in child.written() and "in training_step" in child.written()
+    assert "error: No progress for 3 s after step 2 (rank 0)" in child.printed()
+    assert "in fall_asleep" in child.printed() and "in training_step" in child.printed()
     verify_checkpoint(tmp_path / "out" / "checkpoint-2")
     monkeypatch.undo()
-    again = Child(tmp_path / "again", lambda: command(config))
-    assert again.end() == 0, again.written()
+    again = Fork(tmp_path / "again", command("train", config))
+    assert again.end() == 0, again.printed()
     assert read(tmp_path / "out" / "trainer_state.json")["global_step"] == 6
 
 
@@ -135,11 +86,11 @@ def test_a_data_worker_that_hangs(write_config, tmp_path: Path, monkeypatch: pyt
 
     change_worker(monkeypatch, note_and_sleep)
     config = write_config(**HANGS, dataloader_num_workers=1)
-    child = Child(tmp_path / "stderr", lambda: command(config))
+    child = Fork(tmp_path / "stderr", command("train", config))
     assert child.end() == 70
     assert in_time(tmp_path / "mark")
     worker = (tmp_path / "pid").read_text()
-    main, stacks = child.written().split(f", pid {worker}, of rank 0:\n")
+    main, stacks = child.printed().split(f", pid {worker}, of rank 0:\n")
     assert "_next_data" in main and "in fall_asleep" in stacks
     assert not is_running(int(worker))
 
@@ -157,9 +108,9 @@ def test_a_data_worker_that_is_killed(
     """Whichever rank it belongs to says so."""
     change_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     config = write_config(dataloader_num_workers=1, max_steps=6)
-    child = Child(tmp_path / "stderr", lambda: command(config, RANK=rank))
+    child = Fork(tmp_path / "stderr", command("train", config, RANK=rank))
     assert child.end() == 70
-    (line,) = [line for line in child.written().splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in child.printed().splitlines() if line.startswith("error: ")]
     assert "A process that loads data died" in line
     assert "`dataloader_num_workers: 0`" in line and "goes on from the last checkpoint" in line
 
@@ -175,10 +126,10 @@ def test_a_call_that_keeps_the_interpreter(
     monkeypatch.setattr(watchdog, "_SLACK", 2)
     hang_at_third_step(monkeypatch, lambda: fall_asleep(tmp_path / "mark", ctypes.PyDLL(None).sleep))
     config = write_config(**HANGS)
-    child = Child(tmp_path / "stderr", lambda: command(config))
+    child = Fork(tmp_path / "stderr", command("train", config))
     assert child.end() == 1
     assert in_time(tmp_path / "mark")
-    assert "Timeout (0:00:05)!" in child.written() and "in fall_asleep" in child.written()
+    assert "Timeout (0:00:05)!" in child.printed() and "in fall_asleep" in child.printed()
 
 
 def test_a_rank_that_stands_still(write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,21 +141,11 @@ def test_a_rank_that_stands_still(write_config, tmp_path: Path, monkeypatch: pyt
             os.kill(os.getpid(), signal.SIGSTOP)
 
     hang_at_third_step(monkeypatch, stop)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    config = write_config(**HANGS, ddp_backend="gloo")
-
-    def start(rank: str) -> Child:
-        return Child(
-            tmp_path / f"stderr-{rank}", lambda: command(config, RANK=rank, LOCAL_RANK=rank, **world)
-        )
-
-    waits, stands = start("0"), start("1")
+    arguments = two_ranks("train", write_config(**HANGS))
+    waits, stands = (Fork(tmp_path / f"rank-{rank}", **each) for rank, each in enumerate(arguments))
     assert waits.end() == 70
     assert in_time(tmp_path / "mark")
-    assert "after step 2 (rank 0)" in waits.written() and "most recent call first" in waits.written()
+    assert "after step 2 (rank 0)" in waits.printed() and "most recent call first" in waits.printed()
     os.kill(stands.pid, signal.SIGKILL)
     assert stands.end() == -signal.SIGKILL
 
@@ -254,8 +195,8 @@ def test_a_slow_run_is_left_alone(write_config, tmp_path: Path, monkeypatch: pyt
         **{"hang_timeout": 2, "max_steps": 1, "gradient_accumulation_steps": 6},
         **{"eval_dataset": "pairs", "do_eval": True, "per_device_eval_batch_size": 2},
     )
-    child = Child(tmp_path / "stderr", lambda: command(config))
-    assert child.end() == 0, child.written()
+    child = Fork(tmp_path / "stderr", command("train", config))
+    assert child.end() == 0, child.printed()
 
 
 def test_time_in_which_the_process_stands_still_does_not_count(tmp_path: Path) -> None:
@@ -264,13 +205,13 @@ def test_time_in_which_the_process_stands_still_does_not_count(tmp_path: Path) -
             (tmp_path / "started").touch()
             time.sleep(0.3)  # a step, in the middle of which it is stopped
 
-    child = Child(tmp_path / "stderr", beats)
+    child = Fork(tmp_path / "stderr", beats)
     while not (tmp_path / "started").exists():
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGSTOP)
     time.sleep(1.5)
     os.kill(child.pid, signal.SIGCONT)
-    assert child.end() == 0, child.written()
+    assert child.end() == 0, child.printed()
 
 
 def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(
@@ -283,7 +224,7 @@ def test_a_stderr_that_nobody_reads_does_not_hold_up_the_end(
             time.sleep(60)
 
     start = time.monotonic()
-    assert Child(tmp_path / "stderr", hangs).end() == -signal.SIGALRM
+    assert Fork(tmp_path / "stderr", hangs).end() == -signal.SIGALRM
     assert time.monotonic() - start < 0.5 + 1 + 2
 
 
@@ -316,5 +257,5 @@ def test_nothing_is_left_of_a_watch_that_is_over(tmp_path: Path, monkeypatch: py
     def unregisters() -> None:
         assert not faulthandler.unregister(signal.SIGUSR2)
 
-    child = Child(tmp_path / "stderr", watches_and_sleeps)
-    assert child.end() == 0, child.written()
+    child = Fork(tmp_path / "stderr", watches_and_sleeps)
+    assert child.end() == 0, child.printed()
