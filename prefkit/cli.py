@@ -255,6 +255,8 @@ def main() -> None:
         sys.exit(f"prefkit has no `{sys.argv[1]}`. {_ELSEWHERE[sys.argv[1]]}")
     try:
         _leave(_run())
+    except KeyboardInterrupt:
+        _leave(130)
     except BaseException:
         if not _is_rank():
             raise

@@ -114,7 +114,7 @@ def interrupt(one: Lab, name: str) -> bool:
     """Signal a run at a random instant, let it go on, and compare; whether the signal came in time."""
     folder = one.root / name
     child = one.start(folder)
-    time.sleep(random.SystemRandom().uniform(0, one.seconds))
+    time.sleep(random.SystemRandom().uniform(0.05, one.seconds))
     number = random.SystemRandom().choice(SIGNALS)
     if (code := child.poll()) is None:
         os.kill(child.pid, number)

@@ -58,8 +58,8 @@ def change_worker(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -
     monkeypatch.setattr(Collator, "__call__", collates)
 
 
-def in_time(mark: Path, slack: float = 5) -> bool:
-    """Whether it is no longer than time-out and slack since the hang began."""
+def in_time(mark: Path, slack: float = 10) -> bool:
+    """Whether it is no longer than time-out and slack since the hang began; 5 s do on an idle machine."""
     return time.time() - mark.stat().st_mtime < TIMEOUT + slack
 
 
@@ -176,7 +176,7 @@ def test_a_rank_that_hangs_under_torchrun(
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     done = torchrun("-m", "hangs", "train", str(write_config(**HANGS, ddp_backend="gloo")))
     assert done.returncode != 0
-    assert in_time(tmp_path / "mark", slack=10)
+    assert in_time(tmp_path / "mark", slack=15)
     assert "after step 2 (rank 0)" in done.stderr and "after step 2 (rank 1)" in done.stderr
     assert "in fall_asleep" in done.stderr and "exitcode  : 70" in done.stderr
     verify_checkpoint(tmp_path / "out" / "checkpoint-2")
