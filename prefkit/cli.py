@@ -48,10 +48,13 @@ def train(
 
     loaded = load_config(config, overrides or [])
     _say_warnings(loaded.warnings)
+    from prefkit.train.place import command_that_goes_on, look_ahead
+
+    if os.environ.get("RANK", "0") == "0":
+        look_ahead(loaded.config, print)
     _quiet_libraries()
 
     from prefkit.runs.report import make_console
-    from prefkit.train.output import command_that_goes_on
     from prefkit.train.run import train as run
     from prefkit.train.signals import Interrupted
 
@@ -62,7 +65,8 @@ def train(
         console.show_cursor()
         if not console.quiet:
             command = command_that_goes_on(loaded.config)
-            print(f"\n{end} To go on from the last checkpoint: {command}.", file=sys.stderr)
+            place = "from there" if end.checkpoint else "from the newest checkpoint, if there is one"
+            print(f"\n{end} To go on {place}: {command}.", file=sys.stderr)
         sys.exit(end.exit_code)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ MAY_CHANGE = {
     *("overwrite_output_dir", "resume_from_checkpoint", "output_dir"),
     *("plot_loss", "sample_prompts", "sample_max_new_tokens", "hang_timeout", "do_eval", "do_predict"),
     *("run_name", "report_to", "disable_tqdm", "log_level", "cache_dir", "tokenized_path", "overwrite_cache"),
+    "dataset_dir",  # the rows are compared by their content
     *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy"),
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),
 }
 _DERIVED = {"warmup_ratio"}  # it is in warmup_steps
 _WAY_OUT = (
     "A resumed run would be another. Put it back as it was; or go on from its weights in another output_dir "
-    "with adapter_name_or_path or model_name_or_path; or write overwrite_output_dir: true to start afresh. "
-    f"These keys may change: {', '.join(sorted(MAY_CHANGE - {'output_dir'}))}."
+    "with adapter_name_or_path or model_name_or_path; or write overwrite_output_dir: true to start afresh.\n"
+    + fill(f"These keys may change: {', '.join(sorted(MAY_CHANGE - {'output_dir'}))}.", 100)
 )
 
 

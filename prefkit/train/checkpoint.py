@@ -86,6 +86,8 @@ def verify_checkpoint(checkpoint: str | Path) -> None:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder")
     found = _files(checkpoint)
+    if MANIFEST not in found:
+        raise CheckpointError(f"{checkpoint} has no {MANIFEST}: its save did not end, or it is none of ours")
     with _blame(checkpoint / MANIFEST):
         listed = _read_json(checkpoint / MANIFEST)["files"]
         for name, entry in listed.items():

@@ -21,6 +21,12 @@ from prefkit.config.errors import UserError
 from prefkit.train.spikes import SHOWN_ROWS, Spike, SpikeWatch
 
 _SHOWN = 5
+_ADVICE = (
+    "The same command would come to the same. If the loss rose before, a smaller learning_rate or "
+    "max_grad_norm helps, or bf16 for fp16; otherwise look at these rows. With other keys it is another run: "
+    "set another output_dir, or overwrite_output_dir: true. Checkpoints saved before are whole and finite, "
+    "but may be bad."
+)
 
 
 class NotFinite(UserError):
@@ -137,8 +143,7 @@ class StepGuard:
                 f"{self.stage}, step {step}: a number is not finite, so nothing was updated or saved:",
                 *lines[:_SHOWN],
                 *more,
-                "Look at these rows; a smaller learning_rate, max_grad_norm, or bf16 for fp16 may help. "
-                "The last checkpoint is whole.",
+                _ADVICE,
             ]
         )
 
@@ -159,10 +164,7 @@ def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
     if not tensors or get_total_norm(tensors.values(), norm_type=math.inf).isfinite():
         return
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    raise NotFinite(
-        f"{what}: not finite in {_some(bad)}, so nothing was saved. The last checkpoint is whole; a smaller "
-        "learning_rate or max_grad_norm, or bf16 for fp16, may help."
-    )
+    raise NotFinite(f"{what}: not finite in {_some(bad)}, so nothing was saved.\n  {_ADVICE}")
 
 
 def _some(names: list[str]) -> str:

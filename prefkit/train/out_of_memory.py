@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,6 +36,20 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+
+
+@contextmanager
+def naming_memory_faults(config: RunConfig, args: TrainingArguments) -> Iterator[None]:
+    """Turn what says that memory ran out elsewhere, as in loading a model, into an `OutOfMemory`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = Pieces(config, args, None, lambda text: None).advise()
+        raise OutOfMemory(f"Out of memory outside of the steps, as in loading a model. {ways}") from error
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,12 +10,19 @@ from pathlib import Path
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
-from prefkit.files import SCRATCH_SUFFIX, DiskError, fsync, make_folder
+from prefkit.files import SCRATCH_SUFFIX, fsync
 from prefkit.model.probe import PROBE_FILE
 from prefkit.runs.identity import check_same_config
 from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, mark_cleared, read_record
-from prefkit.train.checkpoint import LEFTOVER, find_newest_checkpoint, remove_leftovers, verify_checkpoint
+from prefkit.train.checkpoint import (
+    LEFTOVER,
+    CheckpointError,
+    find_newest_checkpoint,
+    remove_leftovers,
+    verify_checkpoint,
+)
 from prefkit.train.lock import LOCK_FILE
+from prefkit.train.place import PROBE, output_path
 from prefkit.train.spikes import SPIKE_FILE
 
 # What a run writes into its folder.
@@ -26,8 +32,7 @@ _WRITTEN = (
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
     SPIKE_FILE,
 )
-_PROBE = ".prefkit-probe"
-_SCRATCH = re.compile(rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
+_SCRATCH = re.compile(rf"{re.escape(PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
 _SCRATCH_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
@@ -66,24 +71,6 @@ class OutputFolder:
             yield from sorted(found - {self.path / RECORD_FILE})
 
 
-def make_output_folder(config: RunConfig) -> Path:
-    """Make `output_dir` and write a file in it; returns the folder. Raises `DiskError` when that fails."""
-    path = output_path(config)
-    probe = path / _PROBE
-    try:
-        make_folder(path)
-        with probe.open("wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        probe.unlink(missing_ok=True)  # another process of this run tries as well
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DiskError(f"output_dir: cannot write to {path}: {error.filename} is not a folder") from error
-    except OSError as error:
-        raise DiskError(f"output_dir: cannot write to {path}: {error.strerror}") from error
-    return path
-
-
 def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputFolder:
     """Look into `output_dir`, which is there; `say` tells the user what was found.
 
@@ -101,6 +88,8 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
         return OutputFolder(path, holds_old_run=True)
     asked = config.training.get("resume_from_checkpoint")
     if config.output.overwrite_output_dir or asked is False:
+        if record is not None and not record.get("finished"):
+            _warn_of_removal(path, config, say)
         return OutputFolder(path, holds_old_run=record is not None)
     if record is None and any(not _is_scratch(file) for file in path.iterdir()):
         raise UserError(
@@ -108,7 +97,7 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
             "Set another output_dir, or overwrite_output_dir: true to write among them."
         )
     if isinstance(asked, str):
-        verify_checkpoint(asked)
+        _verify_named(asked)
         check_same_config(Path(asked), config)
         say(f"Resuming from {asked}.")
         return OutputFolder(path, Path(asked))
@@ -122,23 +111,31 @@ def open_output_folder(config: RunConfig, say: Callable[[str], None]) -> OutputF
     remove_leftovers(path)
     checkpoint = find_newest_checkpoint(path, lambda name, why: say(f"Passing over {name}: {why}."))
     if checkpoint is None:
-        say(f"An earlier run in {path} left no checkpoint; starting from the beginning.")
+        say(f"An earlier run in {path} left no whole checkpoint; starting from the beginning.")
     else:
         say(f"Resuming from {checkpoint}.")
     return OutputFolder(path, checkpoint)
 
 
-def output_path(config: RunConfig) -> Path:
-    """The folder of `output_dir`."""
-    return Path(config.training["output_dir"]).expanduser()
+def _warn_of_removal(path: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Tell of the checkpoint of an unfinished run that is going to be removed."""
+    newest = find_newest_checkpoint(path, lambda name, why: None)
+    if newest is not None:
+        key = "overwrite_output_dir: true" if config.output.overwrite_output_dir else "resume_from_checkpoint"
+        say(
+            f"Warning: {path} holds an unfinished run. {key} removes it, {newest.name} and all, as soon as "
+            "model and data are read; without that key it may go on."
+        )
 
 
-def command_that_goes_on(config: RunConfig) -> str:
-    """What to run so that an interrupted run goes on from its newest checkpoint, in words."""
-    keys = ["overwrite_output_dir"] if config.output.overwrite_output_dir else []
-    if config.training.get("resume_from_checkpoint") not in (None, True):
-        keys.append("resume_from_checkpoint")
-    return f"the same command without {' and '.join(keys)}" if keys else "the same command"
+def _verify_named(checkpoint: str) -> None:
+    try:
+        verify_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {error}. Name another one, or leave the key out: then the newest whole "
+            "checkpoint of output_dir is taken."
+        ) from error
 
 
 def _is_scratch(path: Path) -> bool:

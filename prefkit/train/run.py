@@ -40,14 +40,9 @@ from prefkit.train.callbacks import (
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
 from prefkit.train.lock import FolderLock
-from prefkit.train.out_of_memory import Pieces
-from prefkit.train.output import (
-    OutputFolder,
-    command_that_goes_on,
-    make_output_folder,
-    open_output_folder,
-    output_path,
-)
+from prefkit.train.out_of_memory import Pieces, naming_memory_faults
+from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import SaveAndStop, StopSignals
@@ -82,7 +77,8 @@ def train(config: RunConfig, console: Console) -> None:
                     f"The run in {path} is finished; overwrite_output_dir: true would start it afresh."
                 )
             else:
-                _train(config, args, folder, signals, console)
+                with naming_memory_faults(config, args):
+                    _train(config, args, folder, signals, console)
 
 
 def _train(

@@ -83,6 +83,8 @@ class StopSignals:
         if self.received:
             if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._time < _ECHO_SECONDS:
                 return
+            if self.leads:
+                os.write(2, b"\nEnded at once; the newest checkpoint is what the run goes on from.\n")
             os._exit(128 + number)
         self.received, self._time = number, time.monotonic()
         if not self._defers:

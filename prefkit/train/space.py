@@ -94,7 +94,8 @@ def sizes_of(model: nn.Module, args: TrainingArguments) -> Sizes:
     """What a checkpoint of the model takes: the trained adapter or the whole model, and its optimiser."""
     trained = _bytes(model, trained_only=True)
     weights = trained if base_of(model) is not model else _bytes(model, trained_only=False)
-    return Sizes(weights + _num_moments(args) * trained, weights)
+    words = _tokenizer_bytes(Path(str(base_of(model).name_or_path)).expanduser())
+    return Sizes(weights + _num_moments(args) * trained + words, weights + words)
 
 
 def num_saves(args: TrainingArguments, num_rows: int, done: int) -> int:
@@ -124,6 +125,11 @@ def _check(folder: OutputFolder, sizes: Sizes, sure: int, possible: int, say: Sa
 
 def _num_moments(args: TrainingArguments) -> int:
     return 2 if args.optim in _ADAM and not args.save_only_model else 0
+
+
+def _tokenizer_bytes(base: Path) -> int:
+    """Of the tokenizer's files in a model's folder, which go into each checkpoint; 0 where it is none."""
+    return sum(_size(file) for name in ("*token*.json", "vocab*", "merges*") for file in base.glob(name))
 
 
 def _bytes(model: nn.Module, trained_only: bool) -> int:

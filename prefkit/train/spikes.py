@@ -12,6 +12,7 @@ SPIKE_FILE = "loss_spikes.jsonl"
 WINDOW, LEAST, FACTOR = 100, 20, 8.0
 # What a loss must rise by at least: a part of the usual one, and a number of nats.
 RISE, RISE_NATS = 0.5, 0.05
+FEWEST, RISE_AT_FIRST, RISE_NATS_AT_FIRST = 2, 1.0, 1.0
 SHOWN_ROWS = 5
 # Of a normal distribution, the standard deviation over the median distance from the median.
 _SIGMA_OF_MAD = 1.4826
@@ -42,7 +43,8 @@ class SpikeWatch:
     """The losses of the last `WINDOW` steps.
 
     One stands out when it lies further above their median than `FACTOR` standard deviations, estimated from
-    the median distance, which a few spikes do not move; and by no less than `RISE` and `RISE_NATS` say.
+    the median distance, which a few spikes do not move; and by no less than `RISE` and `RISE_NATS` say. Among
+    fewer than `LEAST` losses, which tell little of what is usual, the rise alone counts, a larger one.
     """
 
     def __init__(self, losses: Sequence[float] = ()) -> None:
@@ -57,9 +59,12 @@ class SpikeWatch:
         """
         before = list(self.losses)
         self.losses.append(loss)
-        if len(before) < LEAST:
+        if len(before) < FEWEST:
             return None
         usual = median(before)
-        spread = _SIGMA_OF_MAD * median(abs(value - usual) for value in before)
-        least = max(FACTOR * spread, RISE * abs(usual), RISE_NATS)
+        if len(before) < LEAST:
+            least = max(RISE_AT_FIRST * abs(usual), RISE_NATS_AT_FIRST)
+        else:
+            spread = _SIGMA_OF_MAD * median(abs(value - usual) for value in before)
+            least = max(FACTOR * spread, RISE * abs(usual), RISE_NATS)
         return usual if loss - usual > least else None

@@ -19,6 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prefkit.config.errors import UserError
 
 EXIT_CODE = 70
+_HELP = (
+    "Where a step, an evaluation batch or a save simply takes longer, raise `hang_timeout`; otherwise the "
+    "stacks say what it waited for. The same command goes on from the newest checkpoint, if there is one."
+)
 _SLACK = 5  # seconds beyond the time-out by which a hung process has ended
 _WORKERS_TIME = 1.0  # seconds in which the data workers write their stacks
 _RANKS_TIME = 2.0  # seconds in which other ranks write theirs: a launcher ends all when one has ended
@@ -114,7 +118,7 @@ class Watchdog:
         self._write(
             f"\nerror: No progress for {self.seconds} s after step {self._step} (rank {self.rank}), which "
             "`hang_timeout` takes for a hang: the stacks of all threads and data workers follow, and this "
-            "process ends. The same command goes on from the last checkpoint.\n"
+            "process ends.\n"
         )
         faulthandler.dump_traceback(self._descriptor, all_threads=True)
         workers = multiprocessing.active_children()
@@ -123,6 +127,7 @@ class Watchdog:
             assert worker.pid is not None
             os.kill(worker.pid, signal.SIGUSR2)
             time.sleep(_WORKERS_TIME / len(workers))
+        self._write(f"\nEnded after {self.seconds} s without progress (rank {self.rank}). {_HELP}\n")
         time.sleep(_RANKS_TIME)
 
     def _write(self, text: str) -> None:
@@ -165,7 +170,7 @@ def named_worker_deaths() -> Iterator[None]:
         raise WorkerDied(
             f"A process that loads data died ({what}). Most often the system ended it for want "
             "of memory: free some, or write `dataloader_num_workers: 0`, which needs no such process. The "
-            "same command goes on from the last checkpoint."
+            "same command goes on from the newest checkpoint, if there is one."
         ) from error
 
 

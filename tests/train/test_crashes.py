@@ -14,7 +14,8 @@ import pytest
 
 from prefkit.config import load_config
 from prefkit.train.lock import FolderLock
-from prefkit.train.output import OutputFolder, make_output_folder, open_output_folder
+from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.place import make_output_folder
 from tests.train.faults import (
     FORKS,
     KILLED,

@@ -427,3 +427,12 @@ def test_among_several_processes_the_one_that_fails_says_so(write_config, tmp_pa
     assert done.returncode != 0
     assert "error: Step 1, process 1: out of memory: 2 rows do not fit together: " in done.stderr
     assert "other processes" in done.stderr and "  per_device_train_batch_size: 1" in done.stderr
+
+
+def test_memory_that_runs_out_while_a_model_loads_is_named_too(write_config, monkeypatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("prefkit.train.run.build_policy", fails)
+    with pytest.raises(OutOfMemory, match=r"outside of the steps(.|\n)*What helps, the cheapest first"):
+        run(write_config())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pytest
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
-from prefkit.train.output import OutputFolder, command_that_goes_on, open_output_folder
+from prefkit.train.checkpoint import CheckpointError
+from prefkit.train.output import OutputFolder, open_output_folder
+from prefkit.train.place import command_that_goes_on
+from tests.train.runs import run, unfinish
 
 SCRATCH = [".prefkit-probe", ".config.yaml.prefkit-new", ".prefkit.json.prefkit-new"]
 
@@ -90,3 +95,41 @@ def test_clearing_keeps_the_facts_of_the_old_run_until_the_new_one_has_its_own(
 )
 def test_the_command_that_goes_on(write_config: Callable[..., Path], keys: dict, told: str) -> None:
     assert command_that_goes_on(load_config(write_config(**keys), []).config) == told
+
+
+def test_an_unfinished_run_goes_only_with_a_warning(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(write_config(save_steps=1))
+    config = load_config(write_config(overwrite_output_dir=True), []).config
+    open_output_folder(config, print)
+    assert capsys.readouterr().out == ""  # it is finished
+    unfinish(tmp_path / "out")
+    assert open_output_folder(config, print).holds_old_run
+    said = capsys.readouterr().out
+    assert "holds an unfinished run. overwrite_output_dir: true removes it, checkpoint-1 and all" in said
+
+
+def test_a_named_checkpoint_that_is_damaged_says_what_to_do(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(write_config())
+    (tmp_path / "out" / "checkpoint-2" / "optimizer.json").unlink()
+    config = load_config(
+        write_config(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")), []
+    ).config
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.json is missing\. Name another one, or leave the key out"
+    ):
+        open_output_folder(config, print)
+
+
+def test_a_folder_that_cannot_be_used_is_said_before_torch_is_loaded(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    code = f"import sys; sys.argv = ['prefkit', 'train', {str(write_config())!r}]\n"
+    code += "from prefkit.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 74 and "Traceback" not in done.stderr, done.stderr
+    assert "output_dir: cannot write to" in done.stderr and "is not a folder" in done.stderr

@@ -54,10 +54,7 @@ def test_a_checkpoint_at_the_next_step_boundary(number: signal.Signals, lab: Lab
     assert one.start(folder, at_step(5, raise_signal(number))).end() == 128 + number
     said = printed.read_text()
     assert f"{number.name}: saving after this step" in said and "Traceback" not in said
-    assert (
-        f"Ended by {number.name}. {folder}/checkpoint-5 is saved. To go on from the last checkpoint: the same"
-        in said
-    )
+    assert f"Ended by {number.name}. {folder}/checkpoint-5 is saved. To go on from there: the same" in said
     assert find_newest_checkpoint(folder) == folder / "checkpoint-5"
     one.run(folder)
     assert f"Resuming from {folder}/checkpoint-5." in printed.read_text().replace("\n", "")
