@@ -6,7 +6,7 @@ a faulty disk leaves the older checkpoints as they were. What a run needs beside
 
     optimizer.safetensors   tensors of the optimiser, keyed "index/name"; the rest is in optimizer.json
     scheduler.json          and scaler.json where fp16 scales the loss
-    rng_state_<rank>.json   generators of one process, and its losses since the last log line
+    rng_state_<rank>.json   generators of one process, its losses since the last log line, its `own_state`
     stage_state.json        what the stage hands to `extra_state`
     run.json                of which run it is: `identity`, by which a resumed run is known as the same
     trainer_state.json      and training_args.json, without tokens
@@ -246,6 +246,13 @@ class PickleFreeCheckpoints(Trainer):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back on every process what `extra_state` gave, before the first resumed step."""
 
+    def own_state(self) -> dict[str, Any]:
+        """What each process must remember for itself, as JSON values."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` of the same process gave, before the first resumed step."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, on request from a verified checkpoint. Raises CheckpointError if it is not whole."""
         self._started = time.time()
@@ -385,6 +392,7 @@ class PickleFreeCheckpoints(Trainer):
             "world_size": self.args.world_size,
             "seconds": time.time() - self._started,
             "loss": self._tr_loss.item(),
+            "own": self.own_state(),
             **{name: getattr(self, name, 0) for name in LOSS_COUNTERS},
             "python": random.getstate(),
             "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
@@ -406,6 +414,7 @@ class PickleFreeCheckpoints(Trainer):
                 raise ValueError(f"saved by {states['world_size']} processes, not {self.args.world_size}")
             self._started -= states["seconds"]
             self._tr_loss.fill_(states["loss"])
+            self.load_own_state(states["own"])
             for name in LOSS_COUNTERS:
                 setattr(self, name, states[name])
             random.setstate(states["python"])

@@ -217,11 +217,10 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def extra_state(self) -> dict[str, Any]:
-        """The stage's state, what the next line of the log will average, the losses that others are compared
-        with, and into how many pieces batches are cut."""
+        """The stage's state, the losses that others are compared with, and into how many pieces batches are
+        cut."""
         return {
             "stage": self.stage.state(),
-            "window": {name: sums.tolist() for name, sums in self._window_sums.items()},
             "losses": self.guard.state(),
             "pieces": [self.training_pieces.number, self.evaluation_pieces.number],
         }
@@ -231,8 +230,16 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.stage.load_state(state["stage"])
         self.guard.load_state(state["losses"])
         self.training_pieces.number, self.evaluation_pieces.number = state["pieces"]
+
+    def own_state(self) -> dict[str, Any]:
+        """What the next line of the log will average."""
+        return {"window": {name: sums.tolist() for name, sums in self._window_sums.items()}}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` gave."""
+        device = self.args.device
         self._window_sums = {
-            name: torch.tensor(sums, device=self.args.device) for name, sums in state["window"].items()
+            name: torch.tensor(sums, device=device) for name, sums in state["window"].items()
         }
 
     def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer import Trainer
 
 from prefkit.train import checkpoint as checkpoints
 from prefkit.train.checkpoint import PickleFreeCheckpoints, verify_checkpoint
-from tests.train.forks import FORKS, Fork, command
+from tests.train.forks import FORKS, Fork, command, run_in_two, two_ranks
 
 pytestmark = FORKS
 
@@ -157,6 +157,23 @@ def lab(write_config: Callable[..., Path], tmp_path: Path) -> Callable[[dict[str
 @pytest.mark.parametrize("stage", STAGES)
 def test_five_kills(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
     lab(STAGES[stage]).kill("killed", 5)
+
+
+def test_two_processes_are_killed(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Both at an instant of the training, twice; then they end with the bits of two that were not."""
+    config = write_config(**(COMMON | STAGES["dpo-sigmoid"] | {"gradient_accumulation_steps": 1}))
+    started = time.monotonic()
+    run_in_two(tmp_path, "train", config, f"output_dir={tmp_path / 'whole'}")
+    seconds = time.monotonic() - started
+    words = ("train", config, f"output_dir={tmp_path / 'killed'}")
+    for _ in range(2):
+        ranks = [Fork(tmp_path / f"killed-{rank}.txt", **each) for rank, each in enumerate(two_ranks(*words))]
+        time.sleep(random.SystemRandom().uniform(0.3, 0.9) * seconds)
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+            rank.end()
+    run_in_two(tmp_path, *words)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow
