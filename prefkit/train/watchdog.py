@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import walk_tb
 from typing import Any
 
@@ -88,7 +88,9 @@ class Watchdog:
             self._thread.join()
 
     def _arm(self) -> None:
-        faulthandler.dump_traceback_later(self.seconds + _SLACK, exit=True, file=self._descriptor)
+        """Have faulthandler end the process; where memory is short it cannot, until the next look."""
+        with suppress(RuntimeError, MemoryError):
+            faulthandler.dump_traceback_later(self.seconds + _SLACK, exit=True, file=self._descriptor)
 
     def _watch(self) -> None:
         interval = min(1.0, self.seconds / 10)
