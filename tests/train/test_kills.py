@@ -13,7 +13,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,15 @@ def die_before_save(step: int) -> Callable[[], None]:
     return prepare
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def rest_is_slow(first: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
+    """Parameters of a test of which `make test` tries the first alone."""
+    return [
+        *first,
+        *(pytest.param(*(it if isinstance(it, tuple) else (it,)), marks=pytest.mark.slow) for it in rest),
+    ]
+
+
+@pytest.mark.parametrize("stage", rest_is_slow(["dpo-sigmoid"], ["orpo", "simpo"]))
 def test_each_part_of_the_state_is_needed(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
     one = lab(STAGES[stage])
     step = 4 + STAGES[stage].get("save_steps", COMMON["save_steps"])  # so that it goes on within an epoch

@@ -408,6 +408,7 @@ def test_the_router_loss_is_said_to_differ(make_run, fail_forward) -> None:
     assert "with the same gradients but for those of the router loss" in found.said[0]
 
 
+@pytest.mark.slow
 def test_among_several_processes_the_one_that_fails_says_so(write_config, tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
     script.write_text(

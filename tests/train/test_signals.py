@@ -20,7 +20,7 @@ from prefkit.train.signals import SIGNALS, Interrupted, StopSignals
 from prefkit.train.trainer import PrefTrainer
 from tests.train.forks import FORKS
 from tests.train.runs import run
-from tests.train.test_kills import COMMON, MORE, STAGES, Lab, lab
+from tests.train.test_kills import COMMON, MORE, STAGES, Lab, lab, rest_is_slow
 
 pytestmark = FORKS
 __all__ = ["lab"]
@@ -47,7 +47,7 @@ def raise_signal(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", rest_is_slow(SIGNALS[:2], SIGNALS[2:]))
 def test_a_checkpoint_at_the_next_step_boundary(number: signal.Signals, lab: Labs) -> None:
     one = lab(STAGES["dpo-sigmoid"])
     folder, printed = one.root / "stopped", one.root / "stopped.txt"
@@ -61,7 +61,9 @@ def test_a_checkpoint_at_the_next_step_boundary(number: signal.Signals, lab: Lab
     assert one.is_same(folder)
 
 
-@pytest.mark.parametrize("stage, step", [("hinge", 6), ("streaming", 3), ("simpo", 8), ("orpo", 12)])
+@pytest.mark.parametrize(
+    "stage, step", rest_is_slow([("hinge", 6), ("orpo", 12)], [("streaming", 3), ("simpo", 8)])
+)
 def test_at_the_end_of_an_epoch_in_a_stream_beside_an_evaluation_and_in_the_last_step(
     stage: str, step: int, lab: Labs
 ) -> None:
@@ -129,7 +131,7 @@ def interrupt(one: Lab, name: str) -> bool:
 
 def test_at_any_instant(lab: Labs) -> None:
     one = lab(STAGES["dpo-sigmoid"])
-    for trial in range(4):
+    for trial in range(2):
         interrupt(one, f"trial-{trial}")
 
 

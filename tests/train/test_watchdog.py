@@ -167,6 +167,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_under_torchrun(
     write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
