@@ -83,7 +83,8 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_what_transformers_refuses_here_arrives_too": "tf32 ddp_backend",
         "test_a_tracker_must_be_installed": "report_to",
         "test_disable_shuffling_is_the_sequential_sampler": "disable_shuffling",
-        "test_what_the_trainer_may_not_decide": "remove_unused_columns disable_tqdm logging_nan_inf_filter",
+        "test_what_the_trainer_may_not_decide": "remove_unused_columns disable_tqdm logging_nan_inf_filter "
+        "enable_jit_checkpoint auto_find_batch_size",
     },
     "tests/train/test_data.py": {
         "test_eval_on_each_dataset": "eval_on_each_dataset",

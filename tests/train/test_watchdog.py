@@ -112,7 +112,7 @@ def test_a_data_worker_that_is_killed(
     assert child.end() == 70
     (line,) = [line for line in child.printed().splitlines() if line.startswith("error: ")]
     assert "A process that loads data died" in line
-    assert "`dataloader_num_workers: 0`" in line and "goes on from the last checkpoint" in line
+    assert "`dataloader_num_workers: 0`" in line and "goes on from the newest checkpoint" in line
 
 
 def test_other_errors_stay_what_they_are() -> None:
