@@ -1,4 +1,4 @@
-"""The command line as a subprocess, as a user meets it."""
+"""The command line: some of it as a subprocess, as a user meets it, the rest in forks, which are faster."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 import prefkit
+from tests.train.forks import FORKS, call
 
+pytestmark = FORKS
 BIN = Path(sys.executable).parent
 
 
-def call(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+def call_afresh(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "prefkit", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_train(write_config, tmp_path: Path) -> None:
-    done = call("train", write_config(), "pref_loss=ipo", "run_name=two words")
+    done = call_afresh("train", write_config(), "pref_loss=ipo", "run_name=two words")
     assert done.returncode == 0, done.stderr
     assert "Reference:" in done.stdout and "adapter_model.safetensors" in done.stdout
     assert done.stderr == ""
@@ -60,7 +62,7 @@ def test_console_scripts(name: str) -> None:
 
 def test_help_names_the_verbs() -> None:
     for words in (["--help"], ["help"]):
-        done = call(*words)
+        done = call_afresh(*words)
         assert done.returncode == 0
         assert all(verb in done.stdout for verb in ("train", "version", "env"))
 
@@ -77,7 +79,7 @@ def test_keys_are_explained_without_torch() -> None:
 
 
 def test_env() -> None:
-    done = call("env")
+    done = call_afresh("env")
     assert done.returncode == 0 and "transformers" in done.stdout and "python" in done.stdout
 
 
@@ -88,7 +90,7 @@ def test_verbs_of_other_tools_say_what_to_use(verb: str) -> None:
 
 
 def test_an_unknown_verb() -> None:
-    done = call("trian", "x.yaml")
+    done = call_afresh("trian", "x.yaml")
     assert done.returncode == 2 and "No such command 'trian'" in done.stderr
 
 
@@ -110,7 +112,7 @@ def test_export_chat_and_their_errors(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "probe rows agree" in done.stdout and "chat" in done.stdout
     for source in (trained, tmp_path / "model"):
-        done = call("chat", source, "max_new_tokens=4", "temperature=0", input="Hi\n/exit\n")
+        done = call("chat", source, "max_new_tokens=4", "temperature=0", stdin="Hi\n/exit\n")
         assert done.returncode == 0 and done.stderr == "", done.stderr
     done = call("export", trained, "export_dri=x")
     assert done.returncode == 2 and "did you mean export_dir" in done.stderr

@@ -24,6 +24,7 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from tests.conftest import make_tokenizer
 from tests.spec.test_spec import ROOT, RUN, write
+from tests.train.forks import call, forks
 
 Write = Callable[..., Path]
 
@@ -59,9 +60,10 @@ def test_the_report_at_80_columns(write_config: Write, bare_model: Path) -> None
         assert part in text, part
 
 
+@forks
 def test_json_is_one_object_and_nothing_else(write_config: Write, bare_model: Path) -> None:
     file = write_config(model_name_or_path=str(bare_model), lora_dropout=0.1)
-    done = call(file, "--json", "--memory", "1TB")
+    done = call("check", file, "--json", "--memory", "1TB")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {
@@ -83,21 +85,17 @@ def test_json_is_one_object_and_nothing_else(write_config: Write, bare_model: Pa
     assert memory["budget"] == 10**12 and memory["advice"] is None
 
 
-def call(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prefkit", "check", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
+@forks
 def test_exit_codes(write_config: Write, bare_model: Path, dataset_dir: Path) -> None:
     bare = f"model_name_or_path={bare_model}"
-    done = call(write_config(), bare, "--memory", "1MB")
+    done = call("check", write_config(), bare, "--memory", "1MB")
     assert done.returncode == 3 and "Does not fit into 1 MB" in done.stdout, done.stderr
     assert "take a smaller model" in done.stdout
-    assert call(write_config(), bare, "--memory", "much").returncode == 1
-    wrong = call(write_config(pref_bta=1), bare)
+    assert call("check", write_config(), bare, "--memory", "much").returncode == 1
+    wrong = call("check", write_config(pref_bta=1), bare)
     assert wrong.returncode == 2 and "did you mean pref_beta" in wrong.stderr and not wrong.stdout
     (dataset_dir / "pairs.json").write_text('[{"instruction": "Q", "chosen": "a"}]')
-    broken = call(write_config(), bare)
+    broken = call("check", write_config(), bare)
     assert broken.returncode == 1 and "pairs.json:1" in broken.stderr and "Traceback" not in broken.stderr
 
 

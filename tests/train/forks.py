@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -61,7 +63,9 @@ class Fork:
             AcceleratorState._reset_state(reset_partial_state=True)
             code = work() or 0
         except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
         except BaseException:  # noqa: BLE001  (the child must not go on with the tests)
             traceback.print_exc()
         finally:
@@ -123,3 +127,21 @@ def run_in_two(folder: Path, *words: object) -> str:
     codes = [rank.end() for rank in ranks]
     assert codes == [0, 0], "".join(rank.printed() for rank in ranks)
     return ranks[0].printed()
+
+
+def call(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a prefkit command in a fork: what it printed to stdout and stderr, and its exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {name: Path(folder, name) for name in ("stdin", "stdout", "stderr")}
+        texts["stdin"].write_text(stdin)
+        texts["stderr"].touch()
+
+        def work() -> None:
+            os.dup2(os.open(texts["stderr"], os.O_WRONLY), 2)
+            os.dup2(os.open(texts["stdin"], os.O_RDONLY), 0)
+            sys.stdin = os.fdopen(0)
+            command(*words)()
+
+        code = Fork(texts["stdout"], work).end()
+        stdout, stderr = texts["stdout"].read_text(), texts["stderr"].read_text()
+    return subprocess.CompletedProcess(["prefkit", *map(str, words)], code, stdout, stderr)

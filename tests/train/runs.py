@@ -28,7 +28,11 @@ def run(config: Path, *overrides: str) -> str:
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Python in two processes under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [
+        str(Path.cwd()),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]  # this package, in scripts too
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=200)
 
 
