@@ -288,7 +288,7 @@ class DoomedAgain(Doomed):
 
 
 @FORKS
-@pytest.mark.parametrize("cls", [Doomed, DoomedAgain])
+@pytest.mark.parametrize("cls", [Doomed, pytest.param(DoomedAgain, marks=pytest.mark.slow)])
 def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(
     cls: type[Doomed], whole_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

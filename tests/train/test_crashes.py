@@ -83,6 +83,7 @@ def sweep(trial: Callable[[int], bool], operations: Iterable[int]) -> int:
     return sum(1 for _ in itertools.takewhile(trial, operations))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(whole: tuple[Path, Path]) -> None:
     assert sweep(lambda operation: kill_and_run_again(*whole, operation), itertools.count(4, 29)) > 5
 

@@ -265,6 +265,7 @@ def fail_and_run_again(config: Path, reference: Path, operation: int) -> bool:
     return code == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fails_goes_on(whole: tuple[Path, Path]) -> None:
     assert sweep(lambda operation: fail_and_run_again(*whole, operation), itertools.count(2, 37)) > 4
 

@@ -191,7 +191,7 @@ def assert_same(found: Run, expected: Run) -> None:
     assert means[0].count == means[1].count and means[0].mean == pytest.approx(means[1].mean, abs=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["shared", "repeat"])
+@pytest.mark.parametrize("layout", ["shared", pytest.param("repeat", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_and_metrics_are_those_without_a_split(
     make_run, fail_forward, variant: str, layout: str

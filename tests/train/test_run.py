@@ -175,6 +175,7 @@ def test_gradient_checkpointing_trains_the_same(write_config, tmp_path: Path) ->
     assert same(tmp_path / "off", tmp_path / "on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "kto_pair"])
 def test_a_killed_run_resumes_bit_for_bit(write_config, tmp_path: Path, loss: str) -> None:
     keys = {

@@ -75,6 +75,7 @@ def test_at_the_end_of_an_epoch_in_a_stream_beside_an_evaluation_and_in_the_last
     assert one.is_same(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_no_checkpoints_saves_this_one(lab: Labs) -> None:
     one = lab({"save_strategy": "no", "save_steps": ..., "save_total_limit": ...})
     folder = one.root / "stopped"

@@ -120,6 +120,7 @@ def test_other_errors_stay_what_they_are() -> None:
         raise RuntimeError("shapes differ")
 
 
+@pytest.mark.slow
 def test_a_call_that_keeps_the_interpreter(
     write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
