@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -154,3 +155,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def restore_threads() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Take what is there for good out of the collector's way: it would walk all of torch again and again."""
+    gc.collect()
+    gc.freeze()
