@@ -87,19 +87,25 @@ class StepGuard:
         self._seen = []
 
     def end_step(
-        self, step: int, sums: Mapping[str, tuple[float, float]], norm: float, model: nn.Module, **own: Any
+        self,
+        step: int,
+        sums: Mapping[str, tuple[float, float]],
+        norm: float,
+        model: nn.Module,
+        signal: int = 0,
+        scaled: bool = False,
     ) -> StepNumbers:
         """Check a step before its update.
 
-        `sums` has (sum, count) of each number on this rank, `norm` the gradient's. Of `own`, `signal` is the
-        number of a signal that this rank got, `scaled` says that a loss scaler skips updates by itself.
+        `sums` has (sum, count) of each number on this rank, `norm` the gradient's; `signal` is the number of
+        a signal that this rank got, `scaled` says that a loss scaler skips updates by itself.
 
         Raises `NotFinite`, on every rank, when any rank has a number that is not finite.
         """
         is_finite = all(math.isfinite(total) for total, _ in sums.values())
-        is_finite = is_finite and (math.isfinite(norm) or own.get("scaled", False))
+        is_finite = is_finite and (math.isfinite(norm) or scaled)
         loss, count = sums["loss"]
-        facts = torch.tensor([loss, count, not is_finite, own.get("signal", 0)], dtype=torch.float64)
+        facts = torch.tensor([loss, count, not is_finite, signal], dtype=torch.float64)
         table = self.gather(facts.to(next(model.parameters()).device, torch.float32)).view(-1, 4)
         loss, count, num_bad, _ = table.sum(0).tolist()
         if num_bad:

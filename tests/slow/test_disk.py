@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.faults import FORKS
+from tests.train.forks import FORKS
 from tests.train.runs import same
 from tests.train.test_crashes import kill_and_run_again, sweep, whole
 from tests.train.test_disk import PAGE, fail_and_run_again, run_on_small_disk, save_with_errors
 
-pytestmark = [pytest.mark.slow, FORKS]
+pytestmark = [pytest.mark.slow, *FORKS]
 __all__ = ["whole"]  # a fixture
 
 

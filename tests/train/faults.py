@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 KILLED = 9
-# Python 3.12 warns of forks; the threads that there are hold no lock that a child wants.
-FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 
 

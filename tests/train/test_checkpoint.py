@@ -32,7 +32,8 @@ from prefkit.train.checkpoint import (
     remove_leftovers,
     verify_checkpoint,
 )
-from tests.train.faults import FORKS, KILLED, die_at, in_child
+from tests.train.faults import KILLED, die_at, in_child
+from tests.train.forks import forks
 
 ROWS, STEPS = 22, 12  # 11 micro-batches an epoch: 6 steps, the last one of a single micro-batch
 TIME_FIELDS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -287,7 +288,7 @@ class DoomedAgain(Doomed):
     again = True
 
 
-@FORKS
+@forks
 @pytest.mark.parametrize("cls", [Doomed, pytest.param(DoomedAgain, marks=pytest.mark.slow)])
 def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(
     cls: type[Doomed], whole_run: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -679,8 +680,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     verify_checkpoint(folder / "resumed" / "checkpoint-4")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="forks after autograd has started threads for the GPU")
-@FORKS
+@forks
 def test_two_processes_resume_as_one_whole(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

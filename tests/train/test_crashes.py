@@ -17,7 +17,6 @@ from prefkit.train.lock import FolderLock
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import make_output_folder
 from tests.train.faults import (
-    FORKS,
     KILLED,
     ForgetfulDisk,
     Tree,
@@ -26,6 +25,7 @@ from tests.train.faults import (
     in_child,
     write_tree,
 )
+from tests.train.forks import FORKS
 from tests.train.runs import read, run, same
 
 pytestmark = FORKS
