@@ -13,6 +13,7 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.files import SCRATCH_SUFFIX, DiskError, fsync, make_folder
 from prefkit.model.probe import PROBE_FILE
+from prefkit.runs.calibration import CALIBRATION_FILE, CALIBRATION_PLOT, SCORES_FILE
 from prefkit.runs.identity import check_same_config
 from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, mark_cleared, read_record
 from prefkit.train.checkpoint import LEFTOVER, find_newest_checkpoint, remove_leftovers, verify_checkpoint
@@ -24,7 +25,7 @@ _WRITTEN = (
     *("checkpoint-*", ".saving-*", ".old-*", "adapter_*", "training_*", "trainer_*", "*_results.json"),
     *("model*.safetensors*", "config.json", "generation_config.json", PROBE_FILE),
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
-    SPIKE_FILE,
+    *(SPIKE_FILE, SCORES_FILE, CALIBRATION_FILE, CALIBRATION_PLOT),
 )
 _PROBE = ".prefkit-probe"
 _SCRATCH = re.compile(rf"{re.escape(_PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
