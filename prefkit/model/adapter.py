@@ -134,16 +134,22 @@ def load_adapter(
         has_head = _fit_head(path, model, lora, folder, is_trainable)
         _check_ranks(path, lora, shapes)
         _fit_rows(model, shapes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
-            adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
+        if has_head and is_trainable:
+            shapes[_HEAD_IN_FILE] = list(cast("nn.Linear", model.score).weight.shape)
+            adapted = _with_own_head(model, lora, folder)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
+                adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
     except SafetensorError as error:
         raise ModelError(f"{folder / _WEIGHTS} is damaged: {error}") from error
+    except KeyError as error:  # what peft says of a module saved in full, such as the head
+        raise ModelError(f"{path}: {_WEIGHTS} lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         reason = next((line.strip() for line in str(error).split("\n") if "mismatch" in line), str(error))
         raise ModelError(f"{path} is not an adapter of {model.name_or_path}: {reason}") from error
     _name_head(adapted)
-    _check_complete(path, adapted, shapes, {_HEAD_IN_FILE} if has_head else set())
+    _check_complete(path, adapted, shapes)
     return adapted
 
 
@@ -152,7 +158,7 @@ def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path,
     or LLaMA-Factory's beside them, which the model then has. Says whether it was the latter."""
     from peft import TaskType
 
-    brings_own = lora.task_type == TaskType.SEQ_CLS
+    brings_own = _brings_head(lora)
     if not is_reward_model(model):
         if brings_own:
             raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
@@ -171,11 +177,31 @@ def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path,
     return has_head
 
 
+def _brings_head(lora: LoraConfig) -> bool:
+    """Whether an adapter is one of a reward model, its head among its weights."""
+    from peft import TaskType
+
+    return lora.task_type == TaskType.SEQ_CLS
+
+
+def _with_own_head(model: PreTrainedModel, lora: LoraConfig, folder: Path) -> PeftModel:
+    """The model with an adapter that has no head among its weights, the model's own trained beside it."""
+    from peft import get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    head = cast("nn.Linear", model.score).weight.detach().clone()
+    lora.inference_mode = False
+    adapted = get_peft_model(model, lora, TRAINED)
+    assert not isinstance(adapted, tuple)
+    set_peft_model_state_dict(adapted, load_file(folder / _WEIGHTS) | {_HEAD_IN_FILE: head}, TRAINED)
+    return adapted
+
+
 def _name_head(policy: PeftModel) -> None:
     """Name the head once among the modules saved in full: peft lists whatever it might be called, again each
     time that an adapter is loaded."""
-    if is_reward_model(base_of(policy)):
-        config: Any = policy.peft_config[TRAINED]
+    config: Any = policy.peft_config[TRAINED]
+    if _brings_head(config):
         others = [name for name in config.modules_to_save if name not in (HEAD, "classifier")]
         config.modules_to_save = [*dict.fromkeys(others), HEAD]
 
@@ -266,9 +292,7 @@ def _fit_rows(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
-def _check_complete(
-    path: str, adapted: PeftModel, shapes: dict[str, list[int]], from_elsewhere: set[str]
-) -> None:
+def _check_complete(path: str, adapted: PeftModel, shapes: dict[str, list[int]]) -> None:
     """peft loads what fits and says nothing of the rest."""
     from peft import get_peft_model_state_dict
 
@@ -278,7 +302,7 @@ def _check_complete(
             f"{path} is not an adapter of {base_of(adapted).name_or_path}, which has no place for "
             f"{surplus[0]} ({len(surplus)} such)"
         )
-    if absent := sorted(wanted - set(shapes) - from_elsewhere):
+    if absent := sorted(wanted - set(shapes)):
         raise ModelError(f"{path}: {_WEIGHTS} lacks {absent[0]} ({len(absent)} such)")
 
 

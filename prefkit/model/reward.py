@@ -7,7 +7,8 @@ brings its own, and so does LLaMA-Factory's `value_head.safetensors`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -54,7 +55,8 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
     if has_head and stored.num_labels != 1:
         raise ModelError(f"{config.model_name_or_path} gives {stored.num_labels} scores; a reward is one")
     labels = {} if has_head else {"num_labels": 1}
-    model, missing = load_pretrained(AutoModelForSequenceClassification, config, max_length, **labels)
+    with _without_report():
+        model, missing = load_pretrained(AutoModelForSequenceClassification, config, max_length, **labels)
     if not is_reward_model(model):
         raise ModelError(f"{config.model_name_or_path}: {type(model).__name__} has no head named {HEAD}")
     if missing - ({HEAD_WEIGHT} if not has_head else set()):
@@ -63,6 +65,19 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
     if not has_head and not set_value_head(model, find_model(config)):
         _start_head(model, seed)
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers warns of the missing head and the surplus one of the language model: both are known."""
+    from transformers.utils import logging as of_transformers
+
+    before = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(before)
 
 
 def _start_head(model: PreTrainedModel, seed: int | None) -> None:
