@@ -43,8 +43,9 @@ def is_reward_model(model: nn.Module) -> bool:
 def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None = None) -> PreTrainedModel:
     """The model with its own head, with LLaMA-Factory's, or with a new one drawn from `seed`.
 
-    A new head is normal with deviation `1 / (hidden size + 1)`: scores start near 0, and not at 0, where the
-    layers below it would get no gradient. Without a seed it is NaN, for an adapter to bring another.
+    A new head is normal with the model's own `initializer_range` (0.02) as its deviation, as transformers
+    would draw it, which the usual learning rates suit: what an update below the head does to a score goes with
+    the size of the head, and at zero it is nothing. Without a seed it is NaN, for an adapter to bring another.
 
     Raises `ModelError` when the model is no language or reward model, when weights are missing, among them
     the head of a saved reward model, and when it gives several scores.
@@ -86,7 +87,8 @@ def _start_head(model: PreTrainedModel, seed: int | None) -> None:
         nn.init.constant_(weight, float("nan"))
         return
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(weight.shape).normal_(0.0, 1 / (weight.shape[1] + 1), generator=generator)
+    deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
     weight.data.copy_(drawn)
 
 

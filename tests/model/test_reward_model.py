@@ -39,7 +39,7 @@ def test_a_score_does_not_depend_on_the_batch(budget: int) -> None:
     assert sum(sizes) >= sum(map(len, ROWS)) and max(sizes) <= max(budget, 7)
     alone = [score_rows(model, [row])[0] for row in ROWS]
     assert found == pytest.approx(alone, abs=1e-5)
-    # A row may end in the token that pads others elsewhere; the model's own forward reads another place there.
+    # A row may end in the token that pads elsewhere; the model's own forward reads another place there.
     with torch.no_grad():
         plain = [model(input_ids=torch.tensor([row])).logits.item() for row in ROWS]
     assert [abs(a - b) < 1e-5 for a, b in zip(found, plain, strict=True)] == [True, True, False, True, True]
@@ -89,7 +89,7 @@ def test_in_bfloat16_within_what_was_measured(tmp_path: Path) -> None:
     assert probe.dtype == "bfloat16" and 2**-8 <= probe.tolerance < 0.1
     assert verify_scores(make_reward_model().bfloat16(), tmp_path, "mine") == 0
     # fp32 of the same weights is within the bits that bfloat16 lacks; another head is not.
-    assert 0 < (verify_scores(make_reward_model(), tmp_path, "mine") or 0)
+    assert (verify_scores(make_reward_model(), tmp_path, "mine") or 0) > 0
     with torch.no_grad():
         model.score.weight.mul_(1.2)
     with pytest.raises(ModelError, match="is not the reward model that was trained"):

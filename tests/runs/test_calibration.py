@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_bins_hold_every_pair_once_and_equal_values_together() -> None:
     for kind in ("by_confidence", "by_margin", "by_length_gap"):
         assert sum(it["pairs"] for it in report[kind]) == 50
         edges = [(it["from"], it["to"]) for it in report[kind]]
-        assert all(a[1] < b[0] for a, b in zip(edges, edges[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in pairwise(edges))
         right = sum(it["pairs"] * it["accuracy"] for it in report[kind])
         assert right == pytest.approx(50 * report["accuracy"])
     assert [it["mean"] for it in report["by_length_gap"]] == [-1.0, 0.0, 1.0]
