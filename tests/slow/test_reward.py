@@ -1,6 +1,6 @@
 """A reward model on the real model: it tells held-out pairs, and the other way round with flipped labels.
 
-About five minutes on one thread.
+About four minutes of one thread.
 """
 
 from __future__ import annotations
