@@ -44,8 +44,9 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
     """The model with its own head, with LLaMA-Factory's, or with a new one drawn from `seed`.
 
     A new head is normal with the model's own `initializer_range` (0.02) as its deviation, as transformers
-    would draw it, which the usual learning rates suit: what an update below the head does to a score goes with
-    the size of the head, and at zero it is nothing. Without a seed it is NaN, for an adapter to bring another.
+    would draw it, which the usual learning rates suit: what an update below the head does to a score goes
+    with the size of the head, and at zero it is nothing. Without a seed it is NaN, for an adapter to bring
+    another; `check_head` says whether one did.
 
     Raises `ModelError` when the model is no language or reward model, when weights are missing, among them
     the head of a saved reward model, and when it gives several scores.
@@ -90,6 +91,12 @@ def _start_head(model: PreTrainedModel, seed: int | None) -> None:
     deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
     weight.data.copy_(drawn)
+
+
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Raises `ModelError` when the model, its adapter in place, has no head but the one that is NaN."""
+    if not cast("nn.Linear", model.score).weight.isfinite().all():
+        raise ModelError(f"{name} has no head for scores: it is no reward model")
 
 
 def read_value_head(folder: Path) -> tuple[Tensor, float] | None:

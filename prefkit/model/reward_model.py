@@ -20,7 +20,7 @@ from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES, find_model, fit_vocabulary, load_tokenizer, num_rows
 from prefkit.model.probe import PROBE_FILE
-from prefkit.model.reward import load_reward_base, read_value_head, scores_at
+from prefkit.model.reward import check_head, load_reward_base, read_value_head, scores_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,9 +206,7 @@ def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
     model = start_from_adapters(base, config, create_new=False)
     model.requires_grad_(False)
     model.eval()
-    last: Any = base_of(model).score
-    if not last.weight.isfinite().all():
-        raise ModelError(f"{config.trained_last} has no head for scores: it is no reward model")
+    check_head(base_of(model), config.trained_last)
     if config.quantization_bit is None:
         model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
     adapters = config.adapter_name_or_path

@@ -18,7 +18,7 @@ from prefkit.model.attention import use_shared_prompts
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.policy import attach_logps_forward, has_router_loss
 from prefkit.model.probe import verify
-from prefkit.model.reward import attach_scores_forward, is_reward_model, load_reward_base
+from prefkit.model.reward import attach_scores_forward, check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import verify_scores
 from prefkit.model.tuning import prepare_for_training
 
@@ -61,6 +61,8 @@ def build_policy(
     if adapter := config.continued_adapter:
         check = verify_scores if is_reward_model(base_of(model)) else verify
         check(model, Path(adapter), adapter)
+    if is_reward_model(base_of(model)):
+        check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
     layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)

@@ -279,7 +279,7 @@ def test_going_on_with_a_reward_model(configure: Callable[..., Path], tmp_path: 
     measured = {"do_train": False, "dataset": ..., "do_eval": True, "eval_dataset": "held_out"}
     printed = run(configure(**measured, model_name_or_path=str(full), output_dir=str(tmp_path / "m")))
     assert "Held out: reward accuracy" in printed
-    with pytest.raises(NotFinite):  # a language model has no head to measure, and none is drawn
+    with pytest.raises(ModelError, match="has no head for scores: it is no reward model"):
         run(configure(**measured, output_dir=str(tmp_path / "no-head")))
 
 
