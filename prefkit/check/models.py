@@ -86,8 +86,8 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
 
 
 def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> tuple[Any, bool]:
-    """The model as its config describes it, with a head for words or for `scores`, and whether rows were added
-    for tokens."""
+    """The model as its config describes it, with a head for words or for `scores`, and whether rows were
+    added for tokens."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     described = load_model_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from prefkit.config.schema import TuningConfig
 from prefkit.data.dataset import RowView, RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.files import replace_text
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
@@ -207,6 +209,20 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         assert not isinstance(output.predictions, tuple)
         rows = [dict(zip(self._metric_names, row, strict=True)) for row in output.predictions.tolist()]
         return output.metrics or {}, rows
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write `SPLIT_results.json` and, `combined`, add to `all_results.json`, each as a whole: the
+        Trainer's own leaves half a file when it is killed, which the next start could not read."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        known = {f"{split}_results.json": metrics}
+        if combined:
+            file = folder / "all_results.json"
+            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            known[file.name] = before | metrics
+        for name, values in known.items():
+            replace_text(folder / name, json.dumps(values, indent=4, sort_keys=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means, over examples and ranks, of the metrics since the last line of the log."""

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefkit.config.errors import UserError
 from prefkit.objectives.pairwise import LOSSES
+from prefkit.train.trainer import PrefTrainer
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, read, run, same, weights
+
+
+def test_results_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while they are written leaves the ones before, which the next start reads."""
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(output_dir=tmp_path), is_world_process_zero=lambda: True
+    )
+    PrefTrainer.save_metrics(trainer, "train", {"a": 1.0})
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefkit.files.fsync", die)
+        with pytest.raises(KeyboardInterrupt):
+            PrefTrainer.save_metrics(trainer, "eval", {"b": 2.0})
+    assert read(tmp_path / "all_results.json") == {"a": 1.0}
+    PrefTrainer.save_metrics(trainer, "eval", {"b": 2.0})
+    assert read(tmp_path / "all_results.json") == {"a": 1.0, "b": 2.0}
+    assert read(tmp_path / "eval_results.json") == {"b": 2.0}
 
 
 def test_a_run_leaves_its_files(write_config, tmp_path: Path, tiny_model: Path) -> None:
