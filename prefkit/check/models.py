@@ -19,6 +19,7 @@ from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of, find_adapter, read_adapter_config
 from prefkit.model.attention import plain_implementation
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
+from prefkit.model.reward import HEAD
 from prefkit.model.tuning import prepare_for_training
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.train.policy import prepare_for_batches
@@ -58,7 +59,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
     """
     mixed = args.bf16 or args.fp16
     with torch.device("meta"), _quiet():
-        base, resized = _build_base(config.model, vocabulary)
+        base, resized = _build_base(config.model, vocabulary, scores=config.method.stage == "rm")
         tuning = _tuning_of(config)
         fresh = replace(config.model, adapter_name_or_path=())
         policy = prepare_for_training(base, fresh, tuning, resized, mixed)
@@ -84,16 +85,20 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
     return Models(rehearsal, layout, sizes, base.config, needs)
 
 
-def _build_base(config: ModelConfig, vocabulary: int) -> tuple[Any, bool]:
-    """The model as its config describes it, and whether rows were added for tokens."""
-    from transformers import AutoModelForCausalLM
+def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> tuple[Any, bool]:
+    """The model as its config describes it, with a head for words or for `scores`, and whether rows were
+    added for tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     described = load_model_config(config)
     stored = described.get_text_config().dtype or described.dtype or torch.float32
     options: dict[str, Any] = {"dtype": DTYPES.get(config.dtype, stored)}
     if implementation := plain_implementation(config.flash_attn):
         options["attn_implementation"] = implementation
-    model = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code, **options)
+    auto_class: Any = AutoModelForCausalLM
+    if scores:
+        auto_class, described.num_labels = AutoModelForSequenceClassification, 1
+    model = auto_class.from_config(described, trust_remote_code=config.trust_remote_code, **options)
     turn_off_dropout(model)
     resized = vocabulary > num_rows(model)
     if resized:
@@ -115,7 +120,7 @@ def _tuning_of(config: RunConfig) -> TuningConfig:
         tuning,
         lora_rank=lora.r,
         lora_target=("all",) if isinstance(targets, str) or not targets else tuple(sorted(targets)),
-        additional_target=tuple(lora.modules_to_save or ()),
+        additional_target=tuple(name for name in lora.modules_to_save or () if name != HEAD),
         use_dora=lora.use_dora,
     )
 
@@ -174,7 +179,7 @@ def _weight_bytes(model: nn.Module, config: ModelConfig) -> dict[str, int]:
     base = base_of(model)
     quantized: set[int] = set()
     if config.quantization_bit is not None:
-        head = base.get_output_embeddings()
+        head = base.get_output_embeddings() or getattr(base, HEAD)
         quantized = {
             id(module.weight)
             for name, module in base.named_modules()

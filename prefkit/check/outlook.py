@@ -105,7 +105,7 @@ def expect_first_loss(config: RunConfig) -> FirstLoss:
         zero = torch.zeros(1)
         return FirstLoss(
             round(-torch.nn.functional.logsigmoid(zero).item(), 4),
-            "about: a new head scores all responses nearly alike",
+            "about: a new head has learnt nothing yet",
         )
     if method.stage == "kto":
         return FirstLoss(0.5, "times the mean weight of the rows: 1 - sigmoid(0) for either class")

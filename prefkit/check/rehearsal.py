@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import forget_masks
 from prefkit.model.policy import response_logps
+from prefkit.model.reward import is_reward_model, response_scores
 
 Batch = dict[str, Any]
 # Of these, exp(x - max) stands beside the input while the kernel works; torch tells nobody of it.
@@ -189,7 +190,10 @@ class Rehearsal:
 
     def _step(self, policy: Any, second: nn.Module | None, batch: Batch) -> None:
         with self._autocast(), nullcontext() if self.learns else torch.no_grad():
-            logps = response_logps(policy, batch).logps
+            if is_reward_model(base_of(policy)):
+                logps = response_scores(policy, batch)
+            else:
+                logps = response_logps(policy, batch).logps
         if self.reads_reference:
             model = policy if second is None else second
             off = policy.disable_adapter() if second is None else nullcontext()

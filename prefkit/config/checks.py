@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from .key import STAGES
 from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
-from .schema import KEYS, METRICS, PART_METRICS, RunConfig, keys_of
+from .schema import KEYS, METRICS, PART_METRICS, REWARD_METRICS, RunConfig, keys_of
 
 # Names that transformers' report_to knows; a test compares them.
 _TRACKERS = {
@@ -255,6 +255,13 @@ ERRORS = (
           lambda v: v.stage == "dpo" and _metric(v) in PART_METRICS
           and v.pref_loss not in PART_METRICS[_metric(v)],
           "is not measured with pref_loss: {pref_loss}; the loss is"),
+    Check("best_metric_rm", ("metric_for_best_model", "stage", "eval_on_each_dataset"),
+          lambda v: v.stage == "rm" and (v.metric_for_best_model or not v.eval_on_each_dataset)
+          and _metric(v) not in REWARD_METRICS,
+          f"with stage: rm it is one of {', '.join(REWARD_METRICS)}, of a data set eval_NAME_METRIC"),
+    Check("router_loss_rm", ("moe_aux_loss_coef", "stage"),
+          lambda v: v.stage == "rm" and v.moe_aux_loss_coef,
+          "a reward model is trained without the load-balancing loss: remove it"),
     Check("bco_reference_free", ("pref_bco_weight", "pref_loss", "stage"),
           lambda v: v.pref_bco_weight > 0 and _is_reference_free(v),
           "BCO needs a reference, and {pref_loss} is reference-free: write pref_bco_weight: 0"),
@@ -376,8 +383,9 @@ NEEDS = (
 )  # fmt: skip
 
 _TRAINABLE = (
-    Check("stage_later", ("stage",), lambda v: v.stage != "dpo",
-          "{stage} is not in this version of prefkit: write dpo; `prefkit check` reads the data of {stage}"),
+    Check("stage_later", ("stage",), lambda v: v.stage not in ("dpo", "rm"),
+          "{stage} is not in this version of prefkit: write dpo or rm; `prefkit check` reads the data of "
+          "{stage}"),
 )  # fmt: skip
 CHECKING = Rules(ERRORS, WARNINGS, (*OF_STAGES, *NEEDS))
 TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, (*OF_STAGES, *NEEDS))

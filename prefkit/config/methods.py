@@ -16,7 +16,7 @@ class MethodConfig:
     stage: str = key(
         REQUIRED,
         "Training stage: on pairs with any pref_loss (dpo), on single judged responses (kto), a reward model "
-        "(rm) or by reinforcement (ppo); this version only checks the last three.",
+        "(rm) or by reinforcement (ppo); this version only checks kto and ppo.",
         choices=STAGES,
         later=("sft", "pt"),
         example="dpo",
@@ -62,6 +62,12 @@ class MethodConfig:
         "Weigh the reference's tokens by ld_alpha too; false is what LLaMA-Factory does.",
         stages=("dpo",),
         elsewhere="false",
+    )
+    rm_center_coefficient: float = key(
+        0.0,
+        "Weight of the squared sum of both scores of a pair, which holds the mean score near 0.",
+        minimum=0,
+        stages=("rm",),
     )
     early_stopping_steps: int | None = key(
         None,

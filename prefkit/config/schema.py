@@ -15,11 +15,17 @@ from .training import training_keys
 # What an evaluation measures, without the prefix `eval_`; the last ones with the losses that have such a
 # part only. A test compares them with the losses.
 PART_METRICS = {"sft_loss": ("orpo",), "odds_ratio_loss": ("orpo",)}
-METRICS = (
+REWARD_METRICS = (
     "loss",
     *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+)
+METRICS = (
+    *REWARD_METRICS,
     *("logps/chosen", "logps/rejected", *PART_METRICS),
 )
+
+
+_WRITING = ("dpo", "kto", "ppo")  # stages whose model writes text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +246,10 @@ class OutputConfig:
 
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that holds an earlier run.")
     plot_loss: bool = key(False, "Draw the curves of loss and reward accuracy.")
-    sample_prompts: int = key(0, "Held-out prompts answered before and after training.", minimum=0)
-    sample_max_new_tokens: int = key(256, "Most tokens of each such answer.", minimum=1)
+    sample_prompts: int = key(
+        0, "Held-out prompts answered before and after training.", minimum=0, stages=_WRITING
+    )
+    sample_max_new_tokens: int = key(256, "Most tokens of each such answer.", minimum=1, stages=_WRITING)
     hang_timeout: int = key(
         1800,
         "Seconds without progress after which a process of the run writes the stacks of its threads and data "

@@ -8,7 +8,7 @@ take the first. Nothing after the model can tell one from the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -94,6 +94,22 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         response_counts=tuple(len(example.response_ids) for example in examples),
         pair_counts=tuple(len(example.pairs) for example in examples),
     )
+
+
+def last_positions(batch: Mapping[str, Any]) -> Tensor:
+    """The flat position in (B * L) of the last token of each response of a `PackedBatch.to_dict()`, (N,).
+
+    >>> example = TokenizedExample([7, 8], [[1, 2], [3]], (), "f:1")
+    >>> [last_positions(pack([example], layout).to_dict()).tolist() for layout in ("shared", "repeat")]
+    [[3, 4], [3, 6]]
+    """
+    ids: Tensor = batch["input_ids"]
+    if batch["attention_mask"] is None:
+        ends = [end for _, _, responses in batch["segments"] for _, end in responses]
+        return torch.tensor(ends, device=ids.device) - 1
+    rows, length = ids.shape
+    lengths: Tensor = batch["attention_mask"].sum(1)
+    return torch.arange(rows, device=ids.device) * length + lengths - 1
 
 
 def _place_shared(examples: Sequence[TokenizedExample]) -> dict[str, Any]:

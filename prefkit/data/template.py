@@ -111,6 +111,14 @@ class ChatTemplate:
             [vocabulary[token] for token in self.family.stops if token in vocabulary] if self.family else []
         )
 
+    def may_write(self, token: str) -> bool:
+        """Whether the token stands in the template, or ends a turn. Text of a row never becomes a control
+        token, so that of these no other is in an encoded row."""
+        own = self.tokenizer
+        ends = {str(it) for it in (own.bos_token, own.eos_token, own.unk_token, self.end_token)}
+        ends |= set(self.family.stops) if self.family else set()
+        return token in ends or token in self._source
+
     def install(self) -> None:
         """Make the tokenizer carry this template with its thinking mode and default system message, so
         that what is saved is what was trained, whoever reads it."""

@@ -18,6 +18,7 @@ from torch import nn
 from prefkit.config.schema import ModelConfig, TuningConfig
 from prefkit.model.errors import ModelError
 from prefkit.model.load import num_rows
+from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model, set_value_head
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 TRAINED, INITIAL = "default", "initial"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HEAD_IN_FILE = f"base_model.model.{HEAD_WEIGHT}"
 
 
 def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False) -> PeftModel:
@@ -51,7 +53,7 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     vocabulary = _vocabulary_names(model) if resized else []
     in_full = list(dict.fromkeys([*config.additional_target, *vocabulary]))
     lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if is_reward_model(model) else TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -64,6 +66,7 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     )
     adapted = get_peft_model(model, lora)
     assert not isinstance(adapted, tuple)
+    _name_head(adapted)
     if config.pissa_init:
         freeze_initial(adapted)  # what was taken out of the base, for reference and saving
     return adapted
@@ -78,7 +81,8 @@ def _initialisation(config: TuningConfig) -> bool | str:
 def _vocabulary_names(model: PreTrainedModel) -> list[str]:
     """Names of the embedding and of the head, the latter where it has weights of its own."""
     tied = model.config.get_text_config().tie_word_embeddings
-    wanted = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
+    head = None if tied else model.get_output_embeddings()
+    wanted = [model.get_input_embeddings()] + ([] if head is None else [head])
     return [
         name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is w for w in wanted)
     ]
@@ -115,10 +119,10 @@ def merge_adapters(model: PreTrainedModel, paths: Sequence[str], config: ModelCo
 def load_adapter(
     model: PreTrainedModel, path: str, config: ModelConfig, is_trainable: bool = False
 ) -> PeftModel:
-    """The model with the adapter of a folder or hub id.
+    """The model with the adapter of a folder or hub id; upon a reward model with the head that it brings.
 
-    Raises `ModelError` when files are missing, when ranks are not what its config says, and when it was
-    made for a model of other modules or sizes.
+    Raises `ModelError` when files are missing, when ranks are not what its config says, when it was made for
+    a model of other modules or sizes, and when a trainable one brings no head where the model has one.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -127,18 +131,79 @@ def load_adapter(
     lora = read_adapter_config(folder)
     try:
         shapes = _read_shapes(folder / _WEIGHTS)
+        has_head = _fit_head(path, model, lora, folder, is_trainable)
         _check_ranks(path, lora, shapes)
         _fit_rows(model, shapes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
-            adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
+        if has_head and is_trainable:
+            shapes[_HEAD_IN_FILE] = list(cast("nn.Linear", model.score).weight.shape)
+            adapted = _with_own_head(model, lora, folder)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
+                adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
     except SafetensorError as error:
         raise ModelError(f"{folder / _WEIGHTS} is damaged: {error}") from error
+    except KeyError as error:  # what peft says of a module saved in full, such as the head
+        raise ModelError(f"{path}: {_WEIGHTS} lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         reason = next((line.strip() for line in str(error).split("\n") if "mismatch" in line), str(error))
         raise ModelError(f"{path} is not an adapter of {model.name_or_path}: {reason}") from error
+    _name_head(adapted)
     _check_complete(path, adapted, shapes)
     return adapted
+
+
+def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path, is_trainable: bool) -> bool:
+    """Prepare model and config for an adapter upon a reward model: its own head, which is among its weights,
+    or LLaMA-Factory's beside them, which the model then has. Says whether it was the latter."""
+    from peft import TaskType
+
+    brings_own = _brings_head(lora)
+    if not is_reward_model(model):
+        if brings_own:
+            raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
+        return False
+    if brings_own:
+        if dtype := _read_dtype(folder / _WEIGHTS, _HEAD_IN_FILE):
+            cast("nn.Module", model.score).to(dtype)
+        return False
+    has_head = set_value_head(model, folder)
+    if is_trainable and not has_head:
+        raise ModelError(
+            f"adapter_name_or_path: {path} is of a language model and brings no head for scores: write "
+            "create_new_adapter: true to train a new one, with a head, upon it"
+        )
+    lora.task_type = TaskType.SEQ_CLS if is_trainable else None
+    return has_head
+
+
+def _brings_head(lora: LoraConfig) -> bool:
+    """Whether an adapter is one of a reward model, its head among its weights."""
+    from peft import TaskType
+
+    return lora.task_type == TaskType.SEQ_CLS
+
+
+def _with_own_head(model: PreTrainedModel, lora: LoraConfig, folder: Path) -> PeftModel:
+    """The model with an adapter that has no head among its weights, the model's own trained beside it."""
+    from peft import get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    head = cast("nn.Linear", model.score).weight.detach().clone()
+    lora.inference_mode = False
+    adapted = get_peft_model(model, lora, TRAINED)
+    assert not isinstance(adapted, tuple)
+    set_peft_model_state_dict(adapted, load_file(folder / _WEIGHTS) | {_HEAD_IN_FILE: head}, TRAINED)
+    return adapted
+
+
+def _name_head(policy: PeftModel) -> None:
+    """Name the head once among the modules saved in full: peft lists whatever it might be called, again each
+    time that an adapter is loaded."""
+    config: Any = policy.peft_config[TRAINED]
+    if _brings_head(config):
+        others = [name for name in config.modules_to_save if name not in (HEAD, "classifier")]
+        config.modules_to_save = [*dict.fromkeys(others), HEAD]
 
 
 def find_adapter(path: str, config: ModelConfig) -> Path:
@@ -200,6 +265,14 @@ def _read_shapes(file: Path) -> dict[str, list[int]]:
 
     with safe_open(str(file), "pt") as tensors:
         return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _read_dtype(file: Path, name: str) -> torch.dtype | None:
+    """Number format of a tensor; None where it is not in the file."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as tensors:
+        return tensors.get_tensor(name).dtype if name in tensors.keys() else None  # noqa: SIM118
 
 
 def _check_ranks(path: str, lora: LoraConfig, shapes: dict[str, list[int]]) -> None:
@@ -291,7 +364,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def linear_names(model: PreTrainedModel) -> set[str]:
-    """Last part of the name of each linear layer, the head left out.
+    """Last part of the name of each linear layer, heads left out.
 
     Left out is also what peft cannot adapt: projections of a Mamba layer whose weights its kernels read past
     their forward; routers; and, beside experts that are one tensor, the dense layers of the same name, which
@@ -301,7 +374,7 @@ def linear_names(model: PreTrainedModel) -> set[str]:
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and _is_plain(module)
+        if isinstance(module, nn.Linear) and module is not head and name != HEAD and _is_plain(module)
     }
     refused = set()
     if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):

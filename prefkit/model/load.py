@@ -55,6 +55,26 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    model, _ = load_pretrained(AutoModelForCausalLM, config, max_length)
+    if is_classifier(model.config):
+        raise ModelError(
+            f"{config.model_name_or_path} is a reward model, which gives scores and writes no text: name a "
+            "language model, or write stage: rm to train it on"
+        )
+    return model
+
+
+def is_classifier(model_config: Any) -> bool:
+    """Whether a config.json describes a model whose head gives scores, as a reward model's does."""
+    names = model_config.architectures or ()
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def load_pretrained(
+    auto_class: Any, config: ModelConfig, max_length: int = 0, **more: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model as one of transformers' `auto_class`, `more` set in its config; and which weights its files
+    lack. As `load_causal_lm` says."""
     from prefkit.model.attention import plain_implementation
 
     dtype = DTYPES.get(config.dtype, "auto")
@@ -63,16 +83,19 @@ def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
         options["attn_implementation"] = implementation
     if config.rope_scaling:
         options["config"] = stretch_positions(load_model_config(config), config, max_length)
+        options["config"].update(more)
+    else:
+        options |= more
     if config.quantization_bit is not None:
         options["quantization_config"] = _quantization(config)
         options["device_map"] = {"": torch.accelerator.current_accelerator() or torch.device("cpu")}
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, config, **options)
+    model, info = _from_pretrained(auto_class, config, output_loading_info=True, **options)
     if config.trust_remote_code and type(model).__module__.startswith("transformers_modules"):
         logger.warning("trust_remote_code: the model runs code of its own, %s", type(model).__module__)
     turn_off_dropout(model)
     if config.quantization_bit == 4:
         _keep_packing(model)
-    return model
+    return model, set(info["missing_keys"])
 
 
 def _keep_packing(model: PreTrainedModel) -> None:

@@ -101,6 +101,8 @@ def read_probe(folder: Path) -> Probe | None:
         return None
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if "scores" in values:
+            return None  # of a reward model
         rows = [([*map(int, prompt)], [*map(int, response)]) for prompt, response in values.pop("rows")]
         probe = Probe(rows=rows, **values)
         lengths = [len(token_logps) for token_logps in probe.token_logps]

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from prefkit.config.schema import ModelConfig, TuningConfig
-from prefkit.model.adapter import add_lora, start_from_adapters
+from prefkit.model.adapter import add_lora, base_of, start_from_adapters
 from prefkit.model.errors import ModelError
+from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +28,9 @@ def prepare_for_training(
 
     Without `mixed_precision` one forward cannot mix number formats: for freeze the frozen weights are fp32 as
     well, and modules trained in full beside an adapter stay in the dtype of the base. Where the vocabulary
-    was `resized`, embedding and head are trained. Raises `ModelError` for absent modules or adapters.
+    was `resized`, embedding and head are trained. The head of a reward model is always trained, in fp32
+    unless `pure_bf16`, and freeze holds all of such a model so: what is saved has one number format, and
+    reading it again rounds nothing. Raises `ModelError` for absent modules or adapters.
     """
     from peft import PeftModel
 
@@ -38,18 +41,22 @@ def prepare_for_training(
         policy = started if isinstance(started, PeftModel) else add_lora(started, config, resized)
     elif config.finetuning_type == "freeze":
         vocabulary = _vocabulary_weights(model) if resized else set()
-        _train_only(model, freeze_names(model, config) | vocabulary)
+        head = {HEAD_WEIGHT} if is_reward_model(model) else set()
+        _train_only(model, freeze_names(model, config) | vocabulary | head)
     _set_dtypes(policy, config, mixed_precision)
     return policy
 
 
 def _set_dtypes(policy: PreTrainedModel | PeftModel, config: TuningConfig, mixed_precision: bool) -> None:
     dtype = torch.bfloat16 if config.pure_bf16 else torch.float32
-    whole = config.pure_bf16 or (config.finetuning_type == "freeze" and not mixed_precision)
-    # Modules beside an adapter get what the layers before them put out, in the dtype of the base.
+    saved_as_one = is_reward_model(base_of(policy))
+    whole = config.pure_bf16 or (config.finetuning_type == "freeze" and (saved_as_one or not mixed_precision))
+    # Modules beside an adapter get what the layers before them put out, in the dtype of the base; the head of
+    # a reward model casts it.
     in_base_dtype = config.finetuning_type == "lora" and not mixed_precision
     for name, weights in policy.named_parameters():
-        trained = weights.requires_grad and ("lora_" in name or not in_base_dtype)
+        casts = "lora_" in name or HEAD in name.split(".")
+        trained = weights.requires_grad and (casts or not in_base_dtype)
         if weights.is_floating_point() and (trained or whole):
             weights.data = weights.data.to(dtype)
 
@@ -98,7 +105,7 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, int]:
 
 def _vocabulary_weights(model: PreTrainedModel) -> set[str]:
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    wanted = {id(weights) for layer in layers for weights in layer.parameters()}
+    wanted = {id(weights) for layer in layers if layer is not None for weights in layer.parameters()}
     return {name for name, weights in model.named_parameters() if id(weights) in wanted}
 
 

@@ -26,14 +26,22 @@ def pairwise_metrics(
     >>> metrics["rewards/margins"], metrics["rewards/accuracies"], metrics["logps/rejected"]
     (tensor([0.7500]), tensor([1.]), tensor([-9.]))
     """
+    values = {
+        **reward_metrics(rewards),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        **{name: part(policy) for name, part in parts.items()},
+    }
+    return {name: value.detach() for name, value in values.items()}
+
+
+def reward_metrics(rewards: Rewards) -> dict[str, Tensor]:
+    """Rewards, margins and accuracies of M pairs, (M,) each, without gradient; a tie is no success."""
     chosen, rejected = rewards
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
         "rewards/margins": chosen - rejected,
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
-        **{name: part(policy) for name, part in parts.items()},
     }
     return {name: value.detach() for name, value in values.items()}

@@ -47,13 +47,27 @@ def write_data_report(folder: Path, ledgers: Iterable[Ledger]) -> None:
     replace_text(folder / DATA_FILE, report + "\n")
 
 
-def write_model_card(folder: Path, base_model: str, facts: str, is_adapter: bool) -> None:
+_LOADING_OF_REWARD_ADAPTER = """from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+    model = Model.from_pretrained(
+        "path/to/this/folder", num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )"""
+
+
+def write_model_card(
+    folder: Path, base_model: str, facts: str, is_adapter: bool, is_reward: bool = False
+) -> None:
     """Write `README.md`: what the adapter or model is, and how to load it."""
+    kind = "SequenceClassification" if is_reward else "CausalLM"
     what, reader = (
-        ("A LoRA adapter of", "peft import AutoPeftModelForCausalLM as Model")
+        ("A LoRA adapter of", f"peft import AutoPeftModelFor{kind} as Model")
         if is_adapter
-        else ("Tuned from", "transformers import AutoModelForCausalLM as Model")
+        else ("Tuned from", f"transformers import AutoModelFor{kind} as Model")
     )
+    loading = 'model = Model.from_pretrained("path/to/this/folder")'
+    if is_reward and is_adapter:
+        # Both stand in the config of the base, which knows of neither.
+        loading = _LOADING_OF_REWARD_ADAPTER
     replace_text(
         folder / "README.md",
         f"""---
@@ -65,7 +79,7 @@ library_name: {"peft" if is_adapter else "transformers"}
 `{CONFIG_FILE}`, the data and versions in `{RECORD_FILE}`.
 
     from {reader}
-    model = Model.from_pretrained("path/to/this/folder")
+    {loading}
 """,
     )
 

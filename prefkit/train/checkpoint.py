@@ -31,8 +31,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
@@ -221,6 +221,15 @@ def _undo_casts(optimizer: Any, saved: dict[int, dict[str, Any]]) -> None:
         for name in current.keys() & state.keys():
             if isinstance(current[name], Tensor) and current[name].dtype != state[name].dtype:
                 current[name] = state[name].to(current[name].device)
+
+
+def _check_adapter(policy: PeftModel, folder: Path) -> None:
+    """Raises LookupError unless each weight of the trained adapter is there: peft would not say so."""
+    wanted = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
+    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as tensors:
+        absent = sorted(wanted.keys() - set(tensors.keys()))
+    if absent:
+        raise LookupError(f"{', '.join(absent[:3])} is missing ({len(absent)} in all)")
 
 
 def _torch_generators(device: torch.device) -> dict[str, Any]:
@@ -437,13 +446,20 @@ class PickleFreeCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights of a checkpoint. Raises CheckpointError unless every one of them is there."""
         model = self.accelerator.unwrap_model(model or self.model)
+        folder = Path(resume_from_checkpoint)
+        if isinstance(model, PeftModel):
+            with _blame(folder / "adapter_model.safetensors"):
+                _check_adapter(model, folder)
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with _blame(Path(resume_from_checkpoint) / "model.safetensors"):
+        with _blame(folder / "model.safetensors"):
             # Through the model's own reader, which knows where names in the file differ from names in memory.
             # fp32 holds every dtype in use exactly.
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            read: Any = type(model).from_pretrained
+            saved, info = read(folder, dtype=torch.float32, output_loading_info=True)
+            if info["missing_keys"]:  # transformers would draw them anew, the head of a reward model as well
+                raise LookupError(f"{', '.join(sorted(info['missing_keys']))} is missing")
             model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

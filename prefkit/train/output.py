@@ -12,6 +12,7 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.files import SCRATCH_SUFFIX, fsync
 from prefkit.model.probe import PROBE_FILE
+from prefkit.runs.calibration import CALIBRATION_FILE, CALIBRATION_PLOT, SCORES_FILE
 from prefkit.runs.identity import check_same_config
 from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, mark_cleared, read_record
 from prefkit.train.checkpoint import (
@@ -30,7 +31,7 @@ _WRITTEN = (
     *("checkpoint-*", ".saving-*", ".old-*", "adapter_*", "training_*", "trainer_*", "*_results.json"),
     *("model*.safetensors*", "config.json", "generation_config.json", PROBE_FILE),
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
-    SPIKE_FILE,
+    *(SPIKE_FILE, SCORES_FILE, CALIBRATION_FILE, CALIBRATION_PLOT),
 )
 _SCRATCH = re.compile(rf"{re.escape(PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
 _SCRATCH_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")

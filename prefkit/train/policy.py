@@ -18,6 +18,8 @@ from prefkit.model.attention import use_shared_prompts
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.policy import attach_logps_forward, has_router_loss
 from prefkit.model.probe import verify
+from prefkit.model.reward import attach_scores_forward, check_head, is_reward_model, load_reward_base
+from prefkit.model.reward_model import verify_scores
 from prefkit.model.tuning import prepare_for_training
 
 if TYPE_CHECKING:
@@ -47,20 +49,40 @@ class Policy:
 def build_policy(
     config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> Policy:
-    """Load and prepare the policy. Raises `ModelError` for what the model cannot do."""
-    base = load_causal_lm(config.model, config.data.cutoff_len)
+    """Load and prepare the policy, which in the stage `rm` is a reward model.
+
+    Raises `ModelError` for what the model cannot do.
+    """
+    base = _load_base(config, args, tokenizer)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
     model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
     if adapter := config.continued_adapter:
-        verify(model, Path(adapter), adapter)
+        check = verify_scores if is_reward_model(base_of(model)) else verify
+        check(model, Path(adapter), adapter)
+    if is_reward_model(base_of(model)):
+        check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
     layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
     policy = Policy(model, layout, _compute_dtype(model, args))
     _tell_weights(policy, say)
     return policy
+
+
+def _load_base(
+    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model without adapters. A head for scores is a new one only where it is going to be trained."""
+    if config.method.stage != "rm":
+        return load_causal_lm(config.model, config.data.cutoff_len)
+    base = load_reward_base(config.model, config.data.cutoff_len, args.seed if args.do_train else None)
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    name = config.model.model_name_or_path
+    if not config.model.adapter_name_or_path:
+        verify_scores(base, Path(name), name)
+    return base
 
 
 def prepare_for_batches(base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say) -> Layout:
@@ -75,6 +97,9 @@ def prepare_for_batches(base: PreTrainedModel, config: ModelConfig, cutoff_len: 
     why = architecture.find_obstacle(cutoff_len) or "as batch_layout says"
     told = "a prompt is computed once for its responses" if layout == "shared" else f"not shared: {why}"
     say(f"Batches: {layout} layout ({told}).")
+    if is_reward_model(base):
+        attach_scores_forward(base)
+        return layout
     if architecture.logits is None:
         say(f"The head of {architecture.name} is not known: all logits are held in memory.")
     if config.moe_aux_loss_coef and not has_router_loss(base):

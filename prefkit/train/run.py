@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,19 @@ from prefkit.files import fsync_files, naming_disk_faults, replace_text
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
 from prefkit.model.load import load_tokenizer
+from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
+from prefkit.model.reward_model import make_score_probe, write_score_probe
 from prefkit.objectives.pairwise import LOSSES
+from prefkit.runs.calibration import (
+    CALIBRATION_FILE,
+    SCORES_FILE,
+    ScoredPair,
+    write_calibration,
+    write_scored_pairs,
+)
 from prefkit.runs.identity import check_same_run, identify
 from prefkit.runs.plots import plot_curves
 from prefkit.runs.record import write_data_report, write_model_card, write_record
@@ -45,10 +55,11 @@ from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
+from prefkit.train.reward import RewardStage
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
-from prefkit.train.stages import DpoStage
+from prefkit.train.stages import DpoStage, Stage
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
 
@@ -92,6 +103,9 @@ def _train(
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
+    if config.method.stage == "rm":
+        set_pad_token(tokenizer, template, config.model)
+        template = make_template(tokenizer, config.data)  # it knows a token that may be new
     tracker = make_tracker(console)
     with args.main_process_first(local=False):  # the others find the rows that it has encoded
         data = load_data(config, template, args.seed, console.print, tracker)
@@ -103,14 +117,15 @@ def _train(
     if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
         console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
     policy = build_policy(config, args, tokenizer, console.print)
-    reference = ReferenceBuilder(
-        config, args, policy, tokenizer, data, weights, console.print, tracker
-    ).build()
+    reference: Reference | None = None
+    if config.method.stage != "rm":
+        builder = ReferenceBuilder(config, args, policy, tokenizer, data, weights, console.print, tracker)
+        reference = builder.build()
     trainer = _build_trainer(config, args, policy, reference, data, template, folder, signals, console)
     trainer.identity = identity
     watchdog = Watchdog(config.output.hang_timeout, args.process_index)
     trainer.add_callback(Heartbeat(watchdog))
-    run = Run(config, folder, trainer, policy, template, data, weights, console, watchdog)
+    run = Run(config, folder, trainer, policy, reference, template, data, weights, console, watchdog)
     run.check_space()
     if run.leads:
         folder.clear()
@@ -127,6 +142,8 @@ def _train(
 
 def _check_margins(config: RunConfig, data: RunData) -> None:
     """Raises `DataError` when the data has margins that the loss would not read."""
+    if config.method.stage == "rm":
+        return
     if data.has_margins and not LOSSES[config.method.pref_loss].takes_offset:
         takers = " or ".join(name for name, loss in LOSSES.items() if loss.takes_offset)
         raise DataError(
@@ -146,10 +163,7 @@ def _build_trainer(
     signals: StopSignals,
     console: Console,
 ) -> PrefTrainer:
-    coefficient = config.model.moe_aux_loss_coef or 0.0
-    stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
-    starts_here = folder.checkpoint is None
-    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
+    stage = _make_stage(config, policy, reference, starts_here=folder.checkpoint is None)
     bar = ProgressBar(console)
     trainer = PrefTrainer(
         policy.model,
@@ -174,6 +188,15 @@ def _build_trainer(
     return trainer
 
 
+def _make_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:
+    if config.method.stage == "rm":
+        return RewardStage(config.method)
+    coefficient = config.model.moe_aux_loss_coef or 0.0
+    stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
+    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
+    return stage
+
+
 @dataclass(frozen=True)
 class Run:
     """A run whose parts are built."""
@@ -182,6 +205,7 @@ class Run:
     folder: OutputFolder
     trainer: PrefTrainer
     policy: Policy
+    reference: Reference | None
     template: ChatTemplate
     data: RunData
     weights: dict[str, str]
@@ -196,8 +220,7 @@ class Run:
     @property
     def reference_name(self) -> str:
         """The reference in words."""
-        reference = self.trainer.stage.reference
-        return reference.describe() if reference else "none"
+        return self.reference.describe() if self.reference else "none"
 
     def check_space(self) -> None:
         """Raises `DiskError` when what the run will write does not fit on the disk."""
@@ -224,13 +247,23 @@ class Run:
             return
         if self.config.tuning.pissa_init:
             save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
-        write_probe(make_probe(self.policy.model, self.data.first(_PROBED)), self.folder.path)
-        facts = f"{self.config.method.pref_loss} loss on {', '.join(self.config.data.dataset)}"
-        is_adapter = self.config.tuning.finetuning_type == "lora"
-        write_model_card(self.folder.path, self.config.model.model_name_or_path, facts, is_adapter)
+        self._describe()
         log = self.trainer.state.log_history
         if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
             self.console.print("No curves: the log has fewer than two lines; set a smaller logging_steps.")
+
+    def _describe(self) -> None:
+        """Write by what the model is known again, and what it is."""
+        folder, rows, loss = self.folder.path, self.data.first(_PROBED), self.config.method.pref_loss
+        is_reward = self.config.method.stage == "rm"
+        if is_reward:
+            loss = "Bradley-Terry"
+            write_score_probe(make_score_probe(self.policy.model, rows), folder)
+        else:
+            write_probe(make_probe(self.policy.model, rows), folder)
+        facts = f"{loss} loss on {', '.join(self.config.data.dataset)}"
+        is_adapter = self.config.tuning.finetuning_type == "lora"
+        write_model_card(folder, self.config.model.model_name_or_path, facts, is_adapter, is_reward)
 
     def _settle_stream(self) -> None:
         """Count the rows of a stream that were trained on, now that it is known."""
@@ -262,12 +295,31 @@ class Run:
         if args.do_predict:
             metrics, measured = self.trainer.predict_pairs(self.data.held_out)
             self.trainer.save_metrics("predict", metrics)
-            sources = (example.source for example in self.data.held_out)
+            if not self.leads:
+                return
+            sources = [example.source for example in self.data.held_out]
+            if self.config.method.stage == "rm":
+                self._write_scores(sources, measured)
+                return
             lines = (
                 json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, measured, strict=True)
             )
-            if self.leads:
-                replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
+            replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
+
+    def _write_scores(self, sources: list[str], measured: list[dict[str, float]]) -> None:
+        """Write the scores of each held-out pair, and how well their differences tell who is right."""
+        pairs = [
+            ScoredPair(row["rewards/chosen"], row["rewards/rejected"], *lengths, source)
+            for source, row, lengths in zip(sources, measured, self._lengths(), strict=True)
+        ]
+        write_scored_pairs(pairs, self.folder.path)
+        write_calibration(pairs, self.folder.path)
+
+    def _lengths(self) -> Iterator[tuple[int, int]]:
+        """Tokens of chosen and rejected of each held-out pair."""
+        for example in self.data.held_out:
+            for pair in example.pairs:
+                yield len(example.response_ids[pair.chosen]), len(example.response_ids[pair.rejected])
 
     def _last_evaluation(self) -> dict[str, float] | None:
         """The metrics of the evaluations that training ended with, if it did."""
@@ -280,7 +332,7 @@ class Run:
     def answers(self, when: str) -> list[str]:
         """Greedy answers of the policy as it is now to `sample_prompts` held-out prompts."""
         number = self.config.output.sample_prompts
-        if not number or not self.leads:
+        if not number or not self.leads or self.config.method.stage == "rm":
             return []
         prompts = [example.prompt_ids for example in self.data.held_out[:number]]
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
@@ -310,7 +362,7 @@ class Run:
             "adapters_below": list(self.config.merged_adapters),
             "fingerprints": self.weights,
             "stage": self.config.method.stage,
-            "loss": self.config.method.pref_loss,
+            "loss": "bradley-terry" if self.config.method.stage == "rm" else self.config.method.pref_loss,
             "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
             "enable_thinking": self.config.data.enable_thinking,
@@ -348,6 +400,8 @@ FILES = {
     "training_rewards_margins.png": "reward margin curve",
     "eval_results.json": "held-out metrics",
     "predictions.jsonl": "metrics of each held-out pair",
+    SCORES_FILE: "scores of each held-out pair",
+    CALIBRATION_FILE: "held-out accuracy by margin and by length, expected calibration error",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",
     SPIKE_FILE: "steps whose loss stood out, with their rows",

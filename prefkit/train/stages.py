@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,35 @@ class StageOutput:
     losses: Tensor
     metrics: dict[str, Tensor]
     reference: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """How batches become losses and metrics; the trainer knows nothing else of a method.
+
+    `name` is what messages call it, `gather` joins a vector from all ranks and is set by the trainer.
+    """
+
+    name: str
+    gather: Callable[[Tensor], Tensor]
+
+    def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
+        """Losses and metrics of a packed batch. Where it is a piece of a micro-batch, `batch["statistics"]`
+        are those of the whole."""
+
+    def statistics(self, model: nn.Module, pieces: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the losses of a micro-batch take from all of it, when it is computed in pieces."""
+
+    def forget_step(self) -> None:
+        """Drop what the optimiser step has gathered so far, since it is computed anew."""
+
+    def end_step(self) -> None:
+        """After an optimiser step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights, as JSON."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
 
 
 class DpoStage:

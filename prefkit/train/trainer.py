@@ -24,7 +24,7 @@ from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_fi
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.signals import StopSignals, ignore_in_worker
 from prefkit.train.spikes import SPIKE_FILE, Spike
-from prefkit.train.stages import DpoStage, StageOutput
+from prefkit.train.stages import Stage, StageOutput
 
 
 class PrefTrainer(PickleFreeCheckpoints, Trainer):
@@ -41,7 +41,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        stage: DpoStage,
+        stage: Stage,
         tuning: TuningConfig,
         layout: Layout,
         data: RunData,

@@ -117,13 +117,16 @@ def test_blocks_of_the_specification(
     text = printed(report)
     assert max(map(len, text.splitlines())) <= 80
     assert report.summaries[0].examples == 340
-    assert (report.first_loss.value is None) == (name != "dpo.yaml")
+    assert (report.first_loss.value is None) == (name not in ("dpo.yaml", "reward.yaml"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_model_is_checked_too(write_config: Write, bare_model: Path) -> None:
     report = report_of(write_config(stage="rm", model_name_or_path=str(bare_model)))
     assert report.first_loss.value == 0.6931 and report.outlook.reference_passes == 0
+    assert report.memory.estimate.parts["logits"] == 0 and not report.memory.leaves_out
+    pairs = report_of(write_config(model_name_or_path=str(bare_model)))
+    assert report.num_weights[0] == pairs.num_weights[0] + 32  # the head
     assert "pref_beta" not in {setting.key for setting in report.settings}
 
 

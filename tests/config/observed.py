@@ -95,6 +95,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_the_cache_is_on_where_rows_are_seen_again": "ref_cache",
         "test_evaluation_without_training": "do_train eval_dataset dataset",
     },
+    "tests/train/test_reward.py": {
+        "test_margins_and_rm_center_coefficient_change_the_loss": "rm_center_coefficient",
+    },
     "tests/train/test_run.py": {
         "test_every_loss_trains_and_starts_where_its_formula_says": "pref_loss pref_beta",
         "test_layouts_train_the_same": "batch_layout",

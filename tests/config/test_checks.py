@@ -80,6 +80,8 @@ BROKEN = {
     "best_metric_each": f"{EACH}metric_for_best_model: eval_loss",
     "best_metric_missing": f"{EACH}eval_strategy: epoch\nearly_stopping_steps: 2",
     "best_metric_loss": "metric_for_best_model: eval_sft_loss",
+    "best_metric_rm": "stage: rm\nmetric_for_best_model: eval_accuracy",
+    "router_loss_rm": "stage: rm\nmoe_aux_loss_coef: 0.01",
     "bco_reference_free": "pref_loss: simpo\npref_beta: 2\npref_bco_weight: 1",
     "ld_alpha_reference_free": "pref_loss: orpo\nld_alpha: 0.5",
     "ld_alpha_ipo": "pref_loss: ipo\nld_alpha: 0.5",
@@ -151,14 +153,15 @@ ALLOWED = [
     "tokenized_path: t\npreprocessing_num_workers: 2\noverwrite_cache: true\ntruncation: llamafactory",
     "on_bad_row: skip\nduplicate_prompts: skip\nranked_responses: pairs",
     "ref_cache: true\nrope_scaling: yarn\nflash_attn: fa2\nmoe_aux_loss_coef: 0.01",
+    "stage: rm\nload_best_model_at_end: true\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
+    "metric_for_best_model: eval_rewards/accuracies\nresume_from_checkpoint: true",
+    f"{EACH}stage: rm\nmetric_for_best_model: eval_b_rewards/margins",
+    "stage: rm\nranked_responses: pairs\nlora_dropout: 0.1\nrm_center_coefficient: 0.01",
+    "stage: rm\ndo_train: false\ndataset: null\ndo_eval: true\neval_dataset: held_out",
 ]
 ALLOWED_TO_CHECK = [
     "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 1.5\npref_ftx: 0.1\nref_model: r\n"
     "ref_cache: true",
-    "stage: rm\nload_best_model_at_end: true\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
-    "metric_for_best_model: eval_accuracy\nresume_from_checkpoint: true",
-    "stage: rm\nranked_responses: pairs\nlora_dropout: 0.1",
-    "stage: rm\ndo_train: false\ndataset: null\ndo_eval: true\neval_dataset: held_out",
     "stage: ppo\nreward_model: r\nval_size: 0.1\neval_strategy: epoch\nload_best_model_at_end: true\n"
     "save_strategy: epoch\nreport_to: swanlab\nref_model: r",
     "stage: ppo\nreward_model: r\nppo_epochs: 2\nppo_target: 3\nppo_buffer_size: 4\nppo_score_norm: true\n"
@@ -250,6 +253,8 @@ def test_a_key_of_another_stage_is_named(load, row):
 
 
 OTHERWISE = {
+    "sample_prompts": "2\nval_size: 0.1",
+    "sample_max_new_tokens": "5",
     "ranked_responses": "pairs",
     "pref_loss": "orpo",
     "dpo_label_smoothing": "0.1",

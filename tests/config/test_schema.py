@@ -8,9 +8,18 @@ import torch
 from prefkit.config import TuningConfig
 from prefkit.config.foreign import FOREIGN
 from prefkit.config.key import STAGES
-from prefkit.config.schema import GROUPS, KEYS, METRICS, PART_METRICS, RunConfig, UseConfig, keys_of
+from prefkit.config.schema import (
+    GROUPS,
+    KEYS,
+    METRICS,
+    PART_METRICS,
+    REWARD_METRICS,
+    RunConfig,
+    UseConfig,
+    keys_of,
+)
 from prefkit.objectives.logps import PairLogps
-from prefkit.objectives.metrics import pairwise_metrics
+from prefkit.objectives.metrics import pairwise_metrics, reward_metrics
 from prefkit.objectives.pairwise import LOSSES, Rewards
 
 REQUIRED = "required"
@@ -35,7 +44,7 @@ PINNED = {
         "stage": REQUIRED, "pref_loss": "sigmoid", "pref_beta": 0.1, "pref_ftx": 0.0,
         "dpo_label_smoothing": 0.0, "simpo_gamma": 0.5, "ld_alpha": None, "ld_alpha_reference": True,
         "early_stopping_steps": None, "ipo_average": True, "pref_bco_weight": 0.0,
-        "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0,
+        "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0, "rm_center_coefficient": 0.0,
     },
     "reference": {
         "ref_model": None, "ref_model_adapters": (), "ref_model_quantization_bit": None, "ref_cache": None,
@@ -99,6 +108,7 @@ def test_metrics_are_those_of_the_objectives():
     assert {*METRICS} == {"loss", *(metric for metrics in found.values() for metric in metrics)}
     for metric in METRICS[1:]:
         assert PART_METRICS.get(metric, tuple(LOSSES)) == tuple(n for n in LOSSES if metric in found[n])
+    assert {*REWARD_METRICS} == {"loss", *reward_metrics(Rewards(one, one))}
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)

@@ -30,9 +30,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What transformers is asked for when a model is read."""
     options: dict[str, Any] = {}
 
-    def read(path: object, **given: Any) -> torch.nn.Module:
+    def read(path: object, **given: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
         options.update(given, path=path)
-        return torch.nn.Linear(1, 1)
+        return make_model(), {"missing_keys": set()}
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
     return options

@@ -36,10 +36,9 @@ BLOCKS = {
     "multimodal.yaml": "224ab2283110fdc7",
     "deepspeed.yaml": "686bd9f282de1da6",
 }
-RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml")
+RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml", "reward.yaml")
 REFUSED = {
     "kto.yaml": "stage: .*kto",
-    "reward.yaml": "stage: .*rm",
     "ppo.yaml": "stage: .*ppo",
     "deepspeed.yaml": "deepspeed: not in this version",
 }
@@ -88,7 +87,8 @@ def test_training_blocks_run(name: str, tmp_path: Path, tiny_model: Path) -> Non
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
     record = json.loads((output / "prefkit.json").read_text())
     assert record["template"] == "qwen3_nothink"
-    assert record["loss"] == ("sigmoid" if name == "dpo.yaml" else name.removesuffix(".yaml"))
+    losses = {"dpo.yaml": "sigmoid", "reward.yaml": "bradley-terry"}
+    assert record["loss"] == losses.get(name, name.removesuffix(".yaml"))
     assert "340 pairs to train on" in printed
 
 

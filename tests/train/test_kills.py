@@ -56,6 +56,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "save_steps": 4,
         "eval_steps": 4,
     },
+    "rm": {"stage": "rm", "rm_center_coefficient": 0.1, "do_predict": True},
 }
 MORE: dict[str, dict[str, Any]] = {
     "hinge": {"pref_loss": "hinge", "logging_strategy": "epoch", "save_strategy": "epoch"},

@@ -1,0 +1,216 @@
+"""A reward model in use, and the rows by which it is known again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefkit.config.errors import UserError
+from prefkit.config.schema import ModelConfig
+from prefkit.data.encode import TokenizedExample
+from prefkit.files import replace_text
+from prefkit.model.adapter import base_of, find_adapter, start_from_adapters
+from prefkit.model.attention import plain_attention
+from prefkit.model.errors import ModelError
+from prefkit.model.load import DTYPES, find_model, fit_vocabulary, load_tokenizer, num_rows
+from prefkit.model.probe import PROBE_FILE
+from prefkit.model.reward import check_head, load_reward_base, read_value_head, scores_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBED, _MOST_TOKENS = 4, 256
+_BATCH_TOKENS = 8192
+# How far two computations of a score in fp32 may be apart, relative to its size or 1.
+EXACT = 1e-5
+# The least that half precision is allowed, one unit in its last place, and how many times the difference that
+# was measured.
+_UNIT = {"bfloat16": 2**-8, "float16": 2**-11}
+_TIMES = 4
+# Units that a score may differ by where the model is read in another number format than it was probed in.
+_OTHER_FORMAT = 16
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS
+) -> list[float]:
+    """The score of each row of token ids, read at its last token, outside of mixed precision.
+
+    Rows of like length are computed together, padded on the right, up to `batch_tokens` with the padding.
+    Raises `UserError` for an empty row and for ids that the model does not have.
+    """
+    base = base_of(model)
+    size = num_rows(base)
+    for number, row in enumerate(rows):
+        if not row:
+            raise UserError(f"row {number + 1} has no token, so that there is nothing to score")
+        if not 0 <= min(row) <= max(row) < size:
+            raise UserError(f"row {number + 1} has token {max(row)}, and the model has {size}")
+    scores = [0.0] * len(rows)
+    was_training = model.training
+    model.eval()
+    with plain_attention(base):
+        for batch in _batches(rows, batch_tokens):
+            found = _score_batch(base, [rows[i] for i in batch])
+            for i, score in zip(batch, found, strict=True):
+                scores[i] = score
+    model.train(was_training)
+    return scores
+
+
+def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows that are computed together, the longest first."""
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if batch and len(rows[batch[0]]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _score_batch(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
+    lengths = torch.tensor([len(row) for row in rows])
+    length = int(lengths.max())
+    ids = torch.zeros(len(rows), length, dtype=torch.long)  # any token does for padding: it is masked
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    last = torch.arange(len(rows)) * length + lengths - 1
+    device = base.device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    scores: list[float] = scores_at(base, last.to(device), inputs).tolist()
+    return scores
+
+
+@dataclass(frozen=True)
+class ScoreProbe:
+    """Rows of token ids with their scores, the weights' dtype, and how far a score computed again may be from
+    its own, relative to its size or 1."""
+
+    rows: list[list[int]]
+    scores: list[float]
+    dtype: str
+    quantized: bool
+    tolerance: float
+
+
+def make_score_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> ScoreProbe:
+    """A probe of the model on both responses of the shortest of the examples.
+
+    In fp32 the tolerance is `EXACT`. Half precision is allowed 4 times what the scores of rows computed alone
+    and in one batch differ by, and a unit in the last place at least.
+    """
+    shortest = sorted(examples, key=lambda example: example.num_tokens)[:_PROBED]
+    rows = [
+        [*example.prompt_ids, *response][-_MOST_TOKENS:]
+        for example in shortest
+        for response in example.response_ids
+    ]
+    base = base_of(model)
+    dtype, quantized = str(base.dtype).removeprefix("torch."), bool(getattr(base, "is_quantized", False))
+    scores = score_rows(model, rows, batch_tokens=1)
+    together = score_rows(model, rows, batch_tokens=len(rows) * _MOST_TOKENS)
+    measured = max(_apart(a, b) for a, b in zip(scores, together, strict=True))
+    is_exact = dtype == "float32" and not quantized
+    tolerance = EXACT if is_exact else max(_TIMES * measured, _UNIT.get(dtype, _UNIT["bfloat16"]))
+    return ScoreProbe(rows, scores, dtype, quantized, tolerance)
+
+
+def _apart(score: float, other: float) -> float:
+    return abs(score - other) / max(1.0, abs(score))
+
+
+def write_score_probe(probe: ScoreProbe, folder: Path) -> None:
+    """Write `probe.json`."""
+    replace_text(folder / PROBE_FILE, json.dumps(asdict(probe)) + "\n")
+
+
+def read_score_probe(folder: Path) -> ScoreProbe | None:
+    """The probe in a folder; None where there is none. Raises `ModelError` when it is damaged."""
+    file = folder / PROBE_FILE
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if "token_logps" in values:
+            return None  # of a language model, upon which a reward model is trained
+        probe = ScoreProbe(**values)
+        if not probe.rows or len(probe.rows) != len(probe.scores) or probe.dtype not in DTYPES:
+            raise ValueError("its parts do not fit together")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    return probe
+
+
+def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
+    """How far the model's scores are from those that were saved in `folder`, relative to their size or 1.
+
+    None where there is nothing to compare: no probe, or one of a model quantised otherwise. Where the weights
+    are now in fewer bits than when they were probed, these bits are allowed for. Raises `ModelError` when it
+    is another model: its base, head or adapter is not the one that was trained.
+    """
+    probe = read_score_probe(folder)
+    base = base_of(model)
+    if probe is None or probe.quantized != bool(getattr(base, "is_quantized", False)):
+        return None
+    dtype = str(base.dtype).removeprefix("torch.")
+    tolerance = probe.tolerance
+    if dtype != probe.dtype:
+        tolerance = max(tolerance, _OTHER_FORMAT * max(_UNIT.get(it, 0.0) for it in (dtype, probe.dtype)))
+    try:
+        scores = score_rows(model, probe.rows, batch_tokens=1)
+    except UserError as error:
+        raise ModelError(f"{name} on {base.name_or_path}: {error}: it was trained on another base") from error
+    apart = max(_apart(score, found) for score, found in zip(probe.scores, scores, strict=True))
+    if not apart <= tolerance:
+        raise ModelError(
+            f"{name} on {base.name_or_path} is not the reward model that was trained: the scores of its "
+            f"probe rows ({PROBE_FILE}) are {apart:.2g} away (tolerance {tolerance:.2g}, relative to a score "
+            "or 1). Either this is another base than the one it was trained on, or a file of base, adapter "
+            "or head has changed."
+        )
+    return apart
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model; `offset` is added to what its head gives, `proof` is how far its scores are from those
+    saved with it (`verify_scores`)."""
+
+    model: nn.Module
+    offset: float
+    proof: float | None
+
+    def score(self, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS) -> list[float]:
+        """The score of each row of token ids, as `score_rows` says."""
+        return [score + self.offset for score in score_rows(self.model, rows, batch_tokens)]
+
+
+def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
+    """Read the reward model that base and adapters are, on this machine's accelerator.
+
+    The bias of LLaMA-Factory's head is its `offset`. Raises `ModelError` when there is no head, and when it
+    is not the model that was saved.
+    """
+    base = load_reward_base(config, cutoff_len)
+    fit_vocabulary(base, load_tokenizer(config), config)
+    model = start_from_adapters(base, config, create_new=False)
+    model.requires_grad_(False)
+    model.eval()
+    check_head(base_of(model), config.trained_last)
+    if config.quantization_bit is None:
+        model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
+    adapters = config.adapter_name_or_path
+    folder = find_adapter(adapters[-1], config) if adapters else find_model(config)
+    value_head = read_value_head(folder)
+    offset = value_head[1] if value_head else 0.0
+    return RewardModel(model, offset, verify_scores(model, folder, config.trained_last))
