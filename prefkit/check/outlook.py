@@ -15,7 +15,7 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout
 from prefkit.objectives.logps import PairLogps
 from prefkit.objectives.pairwise import bco_loss, mix_bco
-from prefkit.train.stages import DpoStage
+from prefkit.train.dpo import DpoStage
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -20,6 +20,11 @@ METRICS = (
     *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
     *("logps/chosen", "logps/rejected", *PART_METRICS),
 )
+# What one of judged responses measures.
+KTO_METRICS = (
+    *("loss", "rewards/auc", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl"),
+    *("logps/chosen", "logps/rejected", "count/chosen", "count/rejected"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import RunData, load_data
+from prefkit.data.dataset import USES, RunData, load_data
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
@@ -39,6 +39,8 @@ from prefkit.train.callbacks import (
     evaluation_prefix,
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
+from prefkit.train.dpo import DpoStage
+from prefkit.train.kto import KtoStage
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces
 from prefkit.train.output import (
@@ -53,7 +55,7 @@ from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
-from prefkit.train.stages import DpoStage
+from prefkit.train.stages import Stage
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
 
@@ -61,6 +63,11 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _SHOWN_SAMPLES = 3
+_SHOWN_METRICS = {
+    "rewards/accuracies": "reward accuracy",
+    "rewards/auc": "AUC of the reward",
+    "rewards/margins": "margin",
+}
 _PROBED = 256  # rows among which the shortest are taken for the probe
 
 
@@ -114,7 +121,7 @@ def _train(
     trainer.identity = identity
     watchdog = Watchdog(config.output.hang_timeout, args.process_index)
     trainer.add_callback(Heartbeat(watchdog))
-    run = Run(config, folder, trainer, policy, template, data, weights, console, watchdog)
+    run = Run(config, folder, trainer, policy, template, data, weights, console, watchdog, reference)
     run.check_space()
     if run.leads:
         folder.clear()
@@ -131,6 +138,10 @@ def _train(
 
 def _check_margins(config: RunConfig, data: RunData) -> None:
     """Raises `DataError` when the data has margins that the loss would not read."""
+    if data.has_margins and config.method.stage == "kto":
+        raise DataError(
+            "judged responses have no margin: take `margin` out of `columns` in dataset_info.json"
+        )
     if data.has_margins and not LOSSES[config.method.pref_loss].takes_offset:
         takers = " or ".join(name for name, loss in LOSSES.items() if loss.takes_offset)
         raise DataError(
@@ -150,10 +161,7 @@ def _build_trainer(
     signals: StopSignals,
     console: Console,
 ) -> PrefTrainer:
-    coefficient = config.model.moe_aux_loss_coef or 0.0
-    stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
-    starts_here = folder.checkpoint is None
-    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
+    stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
     bar = ProgressBar(console)
     trainer = PrefTrainer(
         policy.model,
@@ -178,6 +186,24 @@ def _build_trainer(
     return trainer
 
 
+def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:
+    """What the YAML's `stage` names; `starts_here` says that the run is not resumed."""
+    coefficient = config.model.moe_aux_loss_coef or 0.0
+    stage: DpoStage | KtoStage
+    if config.method.stage == "kto":
+        assert reference is not None
+        stage = KtoStage(config.method, reference, policy.compute_dtype, coefficient)
+    else:
+        stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
+    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
+    return stage
+
+
+def loss_name(config: RunConfig) -> str:
+    """The loss of a run in a word."""
+    return config.method.pref_loss if config.method.stage == "dpo" else config.method.stage
+
+
 @dataclass(frozen=True)
 class Run:
     """A run whose parts are built."""
@@ -191,6 +217,7 @@ class Run:
     weights: dict[str, str]
     console: Console
     watchdog: Watchdog
+    reference: Reference | None
 
     @property
     def leads(self) -> bool:
@@ -200,8 +227,7 @@ class Run:
     @property
     def reference_name(self) -> str:
         """The reference in words."""
-        reference = self.trainer.stage.reference
-        return reference.describe() if reference else "none"
+        return self.reference.describe() if self.reference else "none"
 
     def check_space(self) -> None:
         """Raises `DiskError` when what the run will write does not fit on the disk."""
@@ -229,7 +255,7 @@ class Run:
         if self.config.tuning.pissa_init:
             save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
         write_probe(make_probe(self.policy.model, self.data.first(_PROBED)), self.folder.path)
-        facts = f"{self.config.method.pref_loss} loss on {', '.join(self.config.data.dataset)}"
+        facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         write_model_card(self.folder.path, self.config.model.model_name_or_path, facts, is_adapter)
         log = self.trainer.state.log_history
@@ -247,24 +273,28 @@ class Run:
         print_ledger(self.console, self.data.ledgers)
 
     def evaluate(self) -> None:
-        """Metrics of the held-out pairs (`do_eval`), and of each of them (`do_predict`)."""
+        """Metrics of what is held out (`do_eval`), and of each pair or judged response (`do_predict`)."""
         args = self.trainer.args
         if not (args.do_eval or args.do_predict):
             return
         if not self.data.held_out:
             raise DataError("do_eval/do_predict: every held-out row was rejected")
         if args.do_eval:
+            what = "pairs" if USES[self.config.method.stage] == "pairs" else "responses"
             metrics = self._last_evaluation() or self.trainer.evaluate()
             self.trainer.save_metrics("eval", metrics)
             for name, rows in (self.data.held_out_parts or {"": self.data.held_out}).items():
                 prefix = f"eval_{name}_" if name else "eval_"
-                accuracy, margin = metrics[f"{prefix}rewards/accuracies"], metrics[f"{prefix}rewards/margins"]
+                found = (
+                    f"{word} {metrics[prefix + key]:.3f}"
+                    for key, word in _SHOWN_METRICS.items()
+                    if prefix + key in metrics
+                )
                 self.console.print(
-                    f"Held out{name and f' ({name})'}: reward accuracy {accuracy:.3f}, margin {margin:.3f} "
-                    f"({len(rows)} pairs)"
+                    f"Held out{name and f' ({name})'}: {', '.join(found)} ({len(rows)} {what})"
                 )
         if args.do_predict:
-            metrics, measured = self.trainer.predict_pairs(self.data.held_out)
+            metrics, measured = self.trainer.predict_rows(self.data.held_out)
             self.trainer.save_metrics("predict", metrics)
             sources = (example.source for example in self.data.held_out)
             lines = (
@@ -314,7 +344,7 @@ class Run:
             "adapters_below": list(self.config.merged_adapters),
             "fingerprints": self.weights,
             "stage": self.config.method.stage,
-            "loss": self.config.method.pref_loss,
+            "loss": loss_name(self.config),
             "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
             "enable_thinking": self.config.data.enable_thinking,
@@ -349,9 +379,10 @@ FILES = {
     "training_loss.png": "loss curve",
     "training_eval_loss.png": "held-out loss curve",
     "training_rewards_accuracies.png": "reward accuracy curve",
+    "training_rewards_chosen.png": "curve of the reward of chosen responses",
     "training_rewards_margins.png": "reward margin curve",
     "eval_results.json": "held-out metrics",
-    "predictions.jsonl": "metrics of each held-out pair",
+    "predictions.jsonl": "metrics of each held-out pair or response",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",
     SPIKE_FILE: "steps whose loss stood out, with their rows",
