@@ -77,6 +77,7 @@ BROKEN = {
     "freeze_modules": "finetuning_type: freeze\nfreeze_trainable_modules: []",
     "early_stopping_eval": "early_stopping_steps: 3",
     "best_metric": "metric_for_best_model: accuracy",
+    "best_metric_kto": "stage: kto\nmetric_for_best_model: rewards/accuracies",
     "best_metric_each": f"{EACH}metric_for_best_model: eval_loss",
     "best_metric_missing": f"{EACH}eval_strategy: epoch\nearly_stopping_steps: 2",
     "best_metric_loss": "metric_for_best_model: eval_sft_loss",
@@ -151,10 +152,11 @@ ALLOWED = [
     "tokenized_path: t\npreprocessing_num_workers: 2\noverwrite_cache: true\ntruncation: llamafactory",
     "on_bad_row: skip\nduplicate_prompts: skip\nranked_responses: pairs",
     "ref_cache: true\nrope_scaling: yarn\nflash_attn: fa2\nmoe_aux_loss_coef: 0.01",
-]
-ALLOWED_TO_CHECK = [
     "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 1.5\npref_ftx: 0.1\nref_model: r\n"
     "ref_cache: true",
+    f"stage: kto\n{EACH}metric_for_best_model: eval_b_rewards/auc\neval_strategy: epoch",
+]
+ALLOWED_TO_CHECK = [
     "stage: rm\nload_best_model_at_end: true\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
     "metric_for_best_model: eval_accuracy\nresume_from_checkpoint: true",
     "stage: rm\nranked_responses: pairs\nlora_dropout: 0.1",

@@ -131,7 +131,8 @@ def make_batch(layout: Layout) -> dict[str, Any]:
 
 
 def gradients(loss: torch.Tensor, model: Any) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("layout", ["shared", "repeat"])
