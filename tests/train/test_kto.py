@@ -24,6 +24,7 @@ from prefkit.model.reference import FrozenModel
 from prefkit.objectives.kto import kto_loss
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 from prefkit.train import kto
+from prefkit.train.guard import NotFinite
 from prefkit.train.kto import KtoStage
 from prefkit.train.stages import IdentityError
 from tests.conftest import make_model
@@ -291,6 +292,45 @@ def test_a_margin_column_is_refused(write_config: Write, dataset_dir: Path) -> N
     info["judged"]["columns"] = {"kto_tag": "kto_tag", "margin": "m"}
     (dataset_dir / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match="judged responses have no margin"):
+        run(write_config(**KEYS))
+
+
+def test_out_of_memory_changes_nothing(
+    write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of four, one label in the second half of some, whose first forward fails once."""
+    keys = KEYS | {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 1.0}
+    run(write_config(**keys))
+    original, calls = kto.response_logps, iter(range(10**6))
+
+    def fails_once(model: Any, batch: Any) -> ResponseLogps:
+        if torch.is_grad_enabled() and next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, batch)
+
+    monkeypatch.setattr(kto, "response_logps", fails_once)
+    printed = run(write_config(**keys, output_dir=str(tmp_path / "pieces")))
+    assert "computed in 2 pieces, with the same gradients" in printed
+    one, two = weights(tmp_path / "out"), weights(tmp_path / "pieces")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-5)
+    for a, b in zip(log(tmp_path / "out"), log(tmp_path / "pieces"), strict=True):
+        for name in a.keys() & {"loss", "kl", "rewards/chosen", "rewards/rejected", "logps/chosen"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5)
+
+
+def test_a_partner_that_is_not_finite_ends_the_run(
+    write_config: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = kto.response_logps, iter(range(10**6))
+
+    def spoiled(model: Any, batch: Any) -> ResponseLogps:
+        found = original(model, batch)
+        found.logps[1] += float("nan") if next(calls) == 1 else 0.0
+        return found
+
+    monkeypatch.setattr(kto, "response_logps", spoiled)
+    with pytest.raises(NotFinite, match=r"kto, step 2.*\n.*partner's logps is NaN for .*judged.json:\d+"):
         run(write_config(**KEYS))
 
 
