@@ -38,11 +38,11 @@ from prefkit.model.adapter import add_lora, base_of
 from prefkit.model.load import load_causal_lm, load_tokenizer
 from prefkit.model.reference import FrozenModel
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.dpo import DpoStage
 from prefkit.train.out_of_memory import Pieces
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import StopSignals
-from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 
 # A Llama of moderate size; its vocabulary is that of the point.

@@ -106,15 +106,34 @@ def make_rows(number: int) -> list[dict[str, Any]]:
     ]
 
 
+def make_judged_rows(number: int) -> list[dict[str, Any]]:
+    """Alpaca rows with one judged answer, some prompts twice."""
+    rows = make_rows(number)
+    return [
+        {
+            "instruction": rows[i - i % 6 // 5]["instruction"],
+            "output": row["rejected" if i % 3 == 1 else "chosen"],
+            "kto_tag": i % 3 != 1,
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
 @pytest.fixture
 def dataset_dir(tmp_path: Path) -> Path:
-    """A folder with `pairs`, 12 alpaca rows, and `held_out`, 4 more."""
+    """A folder with `pairs`, 12 alpaca rows, and `held_out`, 4 more; likewise `judged`, `judged_held_out`."""
     folder = tmp_path / "data"
     folder.mkdir()
     rows = make_rows(16)
     (folder / "pairs.json").write_text(json.dumps(rows[:12]))
     (folder / "held_out.json").write_text(json.dumps(rows[12:]))
-    info = {name: {"file_name": f"{name}.json", "ranking": True} for name in ("pairs", "held_out")}
+    judged = make_judged_rows(16)
+    (folder / "judged.json").write_text(json.dumps(judged[:12]))
+    (folder / "judged_held_out.json").write_text(json.dumps(judged[12:]))
+    info: dict[str, Any] = {
+        name: {"file_name": f"{name}.json", "ranking": True} for name in ("pairs", "held_out")
+    }
+    info |= {name: {"file_name": f"{name}.json"} for name in ("judged", "judged_held_out")}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 

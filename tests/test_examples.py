@@ -44,4 +44,4 @@ def test_the_example_of_use_takes_every_verb() -> None:
 def test_there_is_one_for_each_loss() -> None:
     methods = [load_config(file, []).config.method for file in EXAMPLES]
     assert {method.pref_loss for method in methods if method.stage == "dpo"} == LOSSES.keys()
-    assert {method.stage for method in methods} == {"dpo", "rm"}
+    assert {method.stage for method in methods} == {"dpo", "kto", "rm"}

@@ -1,23 +1,29 @@
-"""Make data/dpo_en_demo.json and its held-out companion from the hand-written data/source/*.tsv.
+"""Make the demo sets of pairs and of judged responses from the hand-written data/source/*.tsv.
 
 Each line of a source is a question and the short answer to prefer. The rejected answer is the base
 model's own, sampled and cut after a whole sentence. A question whose answer has no fit cut of 35..60
 words is sampled again; after the last try, 25..70 words will do.
 
+The judged sets take one answer of each pair: the chosen one of a random half, the rejected one of the others.
+
     python tools/make_demo_data.py --model models/smollm2-135m-instruct
+    python tools/make_demo_data.py --judged     # only the judged sets, from the pairs that are there
 """
 
 import argparse
 import json
+import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("dpo_en_demo", "dpo_en_demo_heldout")
+JUDGED = {"dpo_en_demo": "kto_en_demo", "dpo_en_demo_heldout": "kto_en_demo_heldout"}
 
 # A stop after a single character belongs to a list number or an abbreviation.
 SENTENCE_END = re.compile(r"(?<!\b\w)[.!?][\"')*]*(?=\s|$)")
@@ -82,6 +88,31 @@ def rejected_answers(
     return rejected
 
 
+def judge(pairs: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """One answer of each pair: half of them desirable, drawn by `seed`."""
+    desirable = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": pair["conversations"][0]["value"]},
+                {"role": "assistant", "content": pair["chosen" if i in desirable else "rejected"]["value"]},
+            ],
+            "label": i in desirable,
+        }
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    (DATA / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def write_judged(seed: int) -> None:
+    for pairs, judged in JUDGED.items():
+        write(judged, judge(json.loads((DATA / f"{pairs}.json").read_text(encoding="utf-8")), seed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,7 +121,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tries", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=38)
+    parser.add_argument("--judged", action="store_true")
     args = parser.parse_args()
+    if args.judged:
+        write_judged(args.seed)
+        return
 
     sources = {}
     for name in SETS:
@@ -113,8 +148,8 @@ def main() -> None:
             }
             for question, answer in rows
         ]
-        text = json.dumps(pairs, indent=1, ensure_ascii=False) + "\n"
-        (DATA / f"{name}.json").write_text(text, encoding="utf-8")
+        write(name, pairs)
+    write_judged(args.seed)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.partners import without_partner
 
 _BINS = 40
 _ENOUGH_PAIRS = 20
@@ -124,7 +125,17 @@ class Summary:
     def finish(self) -> DataSummary:
         """What all examples look like."""
         tokens, judged = self._tokens, self._judged
-        order = ("prompt", "chosen", "rejected", "ranked", "desirable", "undesirable", "response", _WHOLE)
+        order = (
+            "prompt",
+            "chosen",
+            "rejected",
+            "ranked",
+            "desirable",
+            "undesirable",
+            "partner",
+            "response",
+            _WHOLE,
+        )
         longest = max(tokens[_WHOLE], default=0)
         limit = self.cutoff_len if 2 * longest > self.cutoff_len else longest
         counts = (judged["desirable"], judged["undesirable"])
@@ -176,9 +187,10 @@ def _prompts(examples: Iterable[TokenizedExample], counts: Counter[str]) -> set[
     for example in examples:
         prompt = hashlib.blake2b(array("q", example.prompt_ids).tobytes(), digest_size=16).digest()
         counts["prompts"] += prompt in prompts
-        counts["rows"] += example.key in rows
+        row = without_partner(example).key
+        counts["rows"] += row in rows
         prompts.add(prompt)
-        rows.add(example.key)
+        rows.add(row)
     return prompts
 
 

@@ -21,9 +21,8 @@ from prefkit.model.attention import plain_implementation
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
 from prefkit.model.tuning import prepare_for_training
-from prefkit.objectives.pairwise import LOSSES
 from prefkit.train.policy import prepare_for_batches
-from prefkit.train.references import wants_cache
+from prefkit.train.references import needs_reference, wants_cache
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -67,7 +66,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
             policy.requires_grad_(False)
         layout = prepare_for_batches(base_of(policy), config.model, config.data.cutoff_len, lambda text: None)
         second, copies_adapter = _second_model(config, args, policy, layout, num_train, vocabulary)
-    needs = LOSSES[config.method.pref_loss].needs_reference and config.method.stage in ("dpo", "kto")
+    needs = needs_reference(config)
     is_adapter = tuning.finetuning_type == "lora"
     sizes = _weight_bytes(policy, config.model)
     reference = 0 if second is None else sum(_weight_bytes(second, _reference_model(config)).values())
@@ -134,7 +133,7 @@ def _second_model(
     vocabulary: int,
 ) -> tuple[nn.Module | None, bool]:
     """(the reference where it is a model of its own, whether it is a copy of the adapter instead)."""
-    if not LOSSES[config.method.pref_loss].needs_reference or config.method.stage not in ("dpo", "kto"):
+    if not needs_reference(config):
         return None, False
     cached = wants_cache(config, args, base_of(policy).config, num_train)
     other = config.reference.ref_model

@@ -15,7 +15,8 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout
 from prefkit.objectives.logps import PairLogps
 from prefkit.objectives.pairwise import bco_loss, mix_bco
-from prefkit.train.stages import DpoStage
+from prefkit.train.dpo import DpoStage
+from prefkit.train.references import needs_reference
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -107,17 +108,17 @@ def expect_first_loss(config: RunConfig) -> FirstLoss:
             round(-torch.nn.functional.logsigmoid(zero).item(), 4),
             "about: a new head has learnt nothing yet",
         )
-    if method.stage == "kto":
-        return FirstLoss(0.5, "times the mean weight of the rows: 1 - sigmoid(0) for either class")
     if method.stage == "ppo":
         return FirstLoss(None, "the policy's loss starts near 0; the value head's depends on the rewards")
-    stage = DpoStage(method, None, torch.float32)
-    if not stage.loss.needs_reference:
+    if not needs_reference(config):
         return FirstLoss(
             None, f"{method.pref_loss} has no reference: it starts from the model's own log-probs"
         )
     if not _starts_equal(config):
         return FirstLoss(None, "policy and reference differ from the start")
+    if method.stage == "kto":
+        return FirstLoss(0.5, "times the mean weight of the rows: 1 - sigmoid(0) for either class")
+    stage = DpoStage(method, None, torch.float32)
     # Where both are equal their values cancel: any will do.
     equal = PairLogps(*torch.tensor([[-20.0], [-30.0], [10.0], [12.0]]))
     numbers: dict[str, Any] = dict(stage.numbers)

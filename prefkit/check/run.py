@@ -33,7 +33,6 @@ _SHOWN_EXAMPLES = 2
 _MOST_STREAMED = 1000  # rows of a stream that are looked at
 # What a training of a stage holds besides the step that is rehearsed.
 _LEFT_OUT = {
-    "kto": "the mismatched responses for the KL term",
     "ppo": "the rollouts, and the reward and value models; a response is taken to have max_new_tokens",
 }
 

@@ -14,7 +14,6 @@ _ALWAYS = (
     *("finetuning_type", "dtype", "bf16", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "seed", "ref_cache", "output_dir"),
 )
-_OF_PAIRS = ("pref_loss", "pref_beta")
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_target")
 
 
@@ -35,8 +34,7 @@ class Setting:
 def read_settings(config: RunConfig) -> list[Setting]:
     """Every key whose value is not its default, and those that always matter, in the order of the groups."""
     always = {*_ALWAYS, *(_OF_ADAPTERS if config.tuning.finetuning_type == "lora" else ())}
-    if config.method.stage != "dpo":
-        always -= set(_OF_PAIRS)
+    always = {name for name in always if config.method.stage in KEYS[name].stages}
     found = []
     for name in keys_of(RunConfig):
         key, value = KEYS[name], _plain(config.value(name))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from .key import STAGES
 from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
-from .schema import KEYS, METRICS, PART_METRICS, REWARD_METRICS, RunConfig, keys_of
+from .schema import KEYS, KTO_METRICS, METRICS, PART_METRICS, REWARD_METRICS, RunConfig, keys_of
 
 # Names that transformers' report_to knows; a test compares them.
 _TRACKERS = {
@@ -44,6 +44,12 @@ def _metric(v: SimpleNamespace) -> str:
         return metric
     names = sorted(v.eval_dataset, key=len, reverse=True)
     return next((metric.removeprefix(f"{name}_") for name in names if metric.startswith(f"{name}_")), "")
+
+
+def _is_no_metric_of_kto(v: SimpleNamespace) -> bool:
+    if v.eval_on_each_dataset and not v.metric_for_best_model:
+        return False
+    return _metric(v) not in KTO_METRICS
 
 
 def _follows_metric(v: SimpleNamespace) -> bool:
@@ -242,6 +248,10 @@ ERRORS = (
     Check("best_metric", ("metric_for_best_model", "stage", "eval_on_each_dataset"),
           lambda v: v.stage == "dpo" and not v.eval_on_each_dataset and _metric(v) not in METRICS,
           f"is none of the metrics of an evaluation: write one of {', '.join(METRICS)}"),
+    Check("best_metric_kto", ("metric_for_best_model", "stage"),
+          lambda v: v.stage == "kto" and _is_no_metric_of_kto(v),
+          "is none of the metrics of an evaluation (after eval_NAME_ with eval_on_each_dataset): write one "
+          f"of {', '.join(KTO_METRICS)}"),
     Check("best_metric_each", ("metric_for_best_model", "stage", "eval_on_each_dataset", "eval_dataset"),
           lambda v: v.stage == "dpo" and v.eval_on_each_dataset and v.metric_for_best_model
           and _metric(v) not in METRICS,
@@ -383,9 +393,9 @@ NEEDS = (
 )  # fmt: skip
 
 _TRAINABLE = (
-    Check("stage_later", ("stage",), lambda v: v.stage not in ("dpo", "rm"),
-          "{stage} is not in this version of prefkit: write dpo or rm; `prefkit check` reads the data of "
-          "{stage}"),
+    Check("stage_later", ("stage",), lambda v: v.stage == "ppo",
+          "{stage} is not in this version of prefkit: write dpo, kto or rm; `prefkit check` reads the data "
+          "of {stage}"),
 )  # fmt: skip
 CHECKING = Rules(ERRORS, WARNINGS, (*OF_STAGES, *NEEDS))
 TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, (*OF_STAGES, *NEEDS))

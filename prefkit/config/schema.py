@@ -23,6 +23,11 @@ METRICS = (
     *REWARD_METRICS,
     *("logps/chosen", "logps/rejected", *PART_METRICS),
 )
+# What one of judged responses measures.
+KTO_METRICS = (
+    *("loss", "rewards/auc", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl"),
+    *("logps/chosen", "logps/rejected", "count/chosen", "count/rejected"),
+)
 
 
 _WRITING = ("dpo", "kto", "ppo")  # stages whose model writes text

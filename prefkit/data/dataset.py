@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -15,39 +15,18 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.formats import Use
 from prefkit.data.ledger import Ledger
 from prefkit.data.mixing import hold_out, mix
+from prefkit.data.partners import with_partners
 from prefkit.data.readers import DataError
 from prefkit.data.rows import Encoder, Say, Track, describe_layout, load_rows
 from prefkit.data.sources import DatasetEntry, find_datasets
 from prefkit.data.store import EncodedRows, store_root
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
+from prefkit.data.view import WHOLE, RowView
 
 USES: dict[str, Use] = {"dpo": "pairs", "rm": "pairs", "kto": "judged", "ppo": "prompts"}
-WHOLE = -1  # in the place of a pair: the example with all its pairs
+_HELD_OUT = "the held-out rows"
 _NO_ROWS = np.zeros((0, 2), dtype=np.int64)
-
-
-class RowView(Sequence[TokenizedExample]):
-    """Rows of several files in some order; `places` (n, 3) has the table, the row in it and the pair of each,
-    or `WHOLE`."""
-
-    def __init__(self, tables: Sequence[Sequence[TokenizedExample]], places: np.ndarray) -> None:
-        self.tables = tables
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> RowView: ...
-    def __getitem__(self, index: int | slice) -> TokenizedExample | RowView:
-        if isinstance(index, slice):
-            return RowView(self.tables, self.places[index])
-        table, row, pair = self.places[index].tolist()
-        example = self.tables[table][row]
-        return example if pair == WHOLE else next(islice(example.split(), pair, None))
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,14 @@ class _Loader:
     def splits(self) -> bool:
         """Whether a list of ranked responses is trained on pair by pair. LD-DPO weighs a response by the
         length of its partner, so that it needs one."""
-        return self.config.data.ranked_responses == "pairs" or self.config.method.ld_alpha is not None
+        by_pairs = self.config.data.ranked_responses == "pairs" or self.config.method.ld_alpha is not None
+        return by_pairs and self.encoder.use == "pairs"
+
+    def _finish(self, rows: RowView, what: str) -> RowView:
+        """Rows as a stage takes them: judged ones with partners, drawn among themselves."""
+        if self.encoder.use != "judged" or not len(rows):
+            return rows
+        return with_partners(rows, self.seed, self.config.data.cutoff_len, what)
 
     def _load(self, entry: DatasetEntry) -> tuple[EncodedRows, Ledger]:
         data = self.config.data
@@ -131,12 +117,13 @@ class _Loader:
         """The data sets that are held out: all, each by itself where that is asked for, and their ledgers."""
         tables = _Tables([self._load(entry) for entry in entries])
         ledgers = [tables.settle(k, _NO_ROWS, tables.all_of(k)) for k in range(len(entries))]
+        held_out = self._finish(tables.view(tables.all_rows, split=True), _HELD_OUT)
         parts: dict[str, RowView] = {}
         for k, entry in enumerate(entries if self.config.data.eval_on_each_dataset else ()):
             if entry.label in parts:
                 raise DataError(f"eval_on_each_dataset: two data sets would both be called {entry.label}")
-            parts[entry.label] = tables.view(tables.all_of(k), split=True)
-        return tables.view(tables.all_rows, split=True), parts, ledgers
+            parts[entry.label] = held_out.of_table(k)
+        return held_out, parts, ledgers
 
     def load_training(self, entries: Sequence[DatasetEntry]) -> tuple[RowView, RowView, list[Ledger]]:
         """What is trained on, what of it is held out, and the ledgers."""
@@ -155,7 +142,8 @@ class _Loader:
         held_out = rows[is_held_out]
         order = self._mix(rows[~is_held_out], tables)
         ledgers = [tables.settle(k, order, held_out) for k in range(len(entries))]
-        return tables.view(order, self.splits), tables.view(held_out, split=True), ledgers
+        trained = self._finish(tables.view(order, self.splits), "the rows to train on")
+        return trained, self._finish(tables.view(held_out, split=True), _HELD_OUT), ledgers
 
     def _mix(self, rows: np.ndarray, tables: _Tables) -> np.ndarray:
         """(table, row) in the order of an epoch, (n, 2); rows that were drawn more than once are repeated."""
@@ -182,7 +170,7 @@ class _Loader:
             raise DataError(f"val_size: {number} rows are to be held out, and the stream has {len(first)}")
         stream.held_out = frozenset(example.source for example in first)
         index = [(0, row, pair) for row, one in enumerate(first) for pair in range(len(one.pairs) or 1)]
-        return stream, RowView([first], np.array(index, dtype=np.int64))
+        return stream, self._finish(RowView([first], np.array(index, dtype=np.int64)), _HELD_OUT)
 
 
 class _Tables:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -14,6 +15,12 @@ from prefkit.data.messages import Degenerate
 from prefkit.data.template import ChatTemplate
 
 Truncation = Literal["prefkit", "llamafactory"]
+
+
+def prompt_key(prompt_ids: Iterable[int]) -> int:
+    """A number of 64 bits for the token ids of a prompt: equal prompts have the same."""
+    digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Label = Literal["chosen", "rejected", "ranked", "desirable", "undesirable"]
+# A partner is no answer to its prompt: see `data.partners`.
+Label = Literal["chosen", "rejected", "ranked", "desirable", "undesirable", "partner"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Label
 
 Layout = Literal["shared", "repeat"]
 # One prompt and its responses, as (start, end) in the row: (prompt start, prompt end, ((start, end), ...)).
@@ -34,7 +35,7 @@ class PackedBatch:
     first token of every response. `pairs` (M, 2) has the index of chosen and rejected, `margins` and
     `weights` (M,) what the data says of each pair. Of each example, `rows` has its name as `file:row`,
     `keys` the hash of its token ids, `num_targets` its response tokens, `response_counts` and `pair_counts`
-    how many of the N and M are its.
+    how many of the N and M are its. `labels` (N,) say how each response was judged, where the data does.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class PackedBatch:
     num_targets: tuple[int, ...]
     response_counts: tuple[int, ...]
     pair_counts: tuple[int, ...]
+    labels: tuple[Label, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: the form that a data loader moves between devices."""
@@ -93,6 +95,7 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         num_targets=tuple(sum(map(len, example.response_ids)) for example in examples),
         response_counts=tuple(len(example.response_ids) for example in examples),
         pair_counts=tuple(len(example.pairs) for example in examples),
+        labels=tuple(label for example in examples for label in example.labels),
     )
 
 
@@ -110,6 +113,18 @@ def last_positions(batch: Mapping[str, Any]) -> Tensor:
     rows, length = ids.shape
     lengths: Tensor = batch["attention_mask"].sum(1)
     return torch.arange(rows, device=ids.device) * length + lengths - 1
+
+
+def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
+    """The name of the row that each loss of a batch is of: of each pair, or of a judged row, which has none.
+
+    >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (2, 1)})
+    ['f:1', 'f:1', 'f:2']
+    >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (0, 0)})
+    ['f:1', 'f:2']
+    """
+    counted = zip(batch["rows"], batch["pair_counts"], strict=True)
+    return [row for row, count in counted for _ in range(max(count, 1))]
 
 
 def _place_shared(examples: Sequence[TokenizedExample]) -> dict[str, Any]:

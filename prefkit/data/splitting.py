@@ -47,6 +47,7 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
         "pairs": batch["pairs"][pairs] - responses.start,
         "margins": batch["margins"][pairs],
         "weights": batch["weights"][pairs],
+        "labels": batch["labels"][responses],
         **{name: batch[name][start:end] for name in own},
     }
 

@@ -15,13 +15,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from prefkit.data.encode import TokenizedExample
+from prefkit.data.encode import TokenizedExample, prompt_key
 from prefkit.data.examples import Pair
 from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
@@ -91,6 +93,20 @@ class EncodedRows(Sequence[TokenizedExample]):
     def num_pairs(self) -> np.ndarray:
         """The number of pairs of each row, (rows,)."""
         return self._column(lambda batch: batch.column("pairs").value_lengths())
+
+    def prompt_keys(self) -> np.ndarray:
+        """The `prompt_key` of each row, (rows,)."""
+
+        def keys(batch: Any) -> Any:
+            prompts = batch.column("prompt_ids")
+            ids, ends = prompts.values.to_numpy(), prompts.offsets.to_numpy()
+            return pa.array([prompt_key(ids[a:b].tolist()) for a, b in pairwise(ends)], pa.uint64())
+
+        return self._column(keys)
+
+    def first_labels(self) -> np.ndarray:
+        """The label of the first response of each row, (rows,); every row has one."""
+        return self._column(lambda batch: pc.list_element(batch.column("labels"), 0))
 
     def column(self, name: str) -> np.ndarray:
         """The numbers or flags of a column, (rows,)."""

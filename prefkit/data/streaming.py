@@ -15,6 +15,7 @@ from prefkit.config.schema import DataConfig
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.ledger import Ledger
 from prefkit.data.mixing import mix
+from prefkit.data.partners import stream_partners
 from prefkit.data.readers import DataError
 from prefkit.data.rows import Encoder, RowReader
 from prefkit.data.sources import DatasetEntry
@@ -77,7 +78,10 @@ class StreamedRows(IterableDataset[TokenizedExample]):
     def _one_pass(self, number: int) -> Iterator[TokenizedExample]:
         # Rows are counted in the first pass; the passes after it meet the same ones.
         ledgers = self.ledgers if number == 0 else self._new_ledgers()
-        for which, example in self._shuffled(self.read(ledgers, number), number):
+        rows = self.read(ledgers, number)
+        if self.encoder.use == "judged":
+            rows = stream_partners(rows, self.config.cutoff_len)
+        for which, example in self._shuffled(rows, number):
             parts = example.split() if self.splits else (example,)
             for place, part in enumerate(parts):
                 self._count(which, part, is_new_row=place == 0, repeats=number > 0)

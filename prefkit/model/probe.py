@@ -45,11 +45,12 @@ class Probe:
 
 
 def make_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> Probe:
-    """A probe of the model on the shortest of the examples, the chosen response of each."""
+    """A probe of the model on the shortest of the examples: of each the chosen response, or its only one."""
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_ROWS]
     rows = []
     for example in shortest:
-        response = example.response_ids[example.pairs[0].chosen][: _MOST_TOKENS // 2]
+        chosen = example.pairs[0].chosen if example.pairs else 0
+        response = example.response_ids[chosen][: _MOST_TOKENS // 2]
         rows.append((example.prompt_ids[-_MOST_TOKENS // 2 :], response))
     base = base_of(model)
     dtype = str(base.dtype).removeprefix("torch.")

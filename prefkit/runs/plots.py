@@ -12,6 +12,7 @@ CURVES = {
     "training_loss.png": ("loss", "training loss"),
     "training_eval_loss.png": ("eval_loss", "held-out loss"),
     "training_rewards_accuracies.png": ("rewards/accuracies", "reward accuracy"),
+    "training_rewards_chosen.png": ("rewards/chosen", "reward of chosen responses"),
     "training_rewards_margins.png": ("rewards/margins", "reward margin"),
 }
 OVERVIEW = ("training_curves.png", ("loss", "rewards/accuracies", "rewards/margins"))

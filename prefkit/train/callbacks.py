@@ -28,10 +28,17 @@ _LOG_KEYS = {
     "predict_loss": "predict_loss",
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
+    "kl": "kl",
     "lr": "learning_rate",
     "epoch": "epoch",
 }
-_EVALUATED = {"eval_loss": "loss", "eval_accuracy": "rewards/accuracies", "eval_margin": "rewards/margins"}
+_EVALUATED = {
+    "eval_loss": "loss",
+    "eval_accuracy": "rewards/accuracies",
+    "eval_auc": "rewards/auc",
+    "eval_margin": "rewards/margins",
+    "eval_kl": "kl",
+}
 
 
 def evaluation_prefix(logs: dict[str, float]) -> str | None:
@@ -41,8 +48,12 @@ def evaluation_prefix(logs: dict[str, float]) -> str | None:
     >>> evaluation_prefix({"eval_more_loss": 0.5, "eval_more_rewards/margins": 0.1})
     'eval_more_'
     """
-    marked = (name for name in logs if name.startswith("eval_") and name.endswith("rewards/margins"))
-    return next((name.removesuffix("rewards/margins") for name in marked), None)
+    # Margins of pairs, or where all responses of a data set are of one label the KL.
+    for mark in ("rewards/margins", "kl"):
+        marked = (name for name in logs if name.startswith("eval_") and name.endswith(mark))
+        if found := next(marked, None):
+            return found.removesuffix(mark)
+    return None
 
 
 class LogFile(TrainerCallback):
@@ -120,7 +131,7 @@ def _step_of(line: str) -> float:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, margin and accuracy of the newest step; plain lines where there is no terminal."""
+    """A bar with loss, margin and the like of the newest step; plain lines where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -176,7 +187,13 @@ class ProgressBar(TrainerCallback):
 
 
 def _numbers(values: dict[str, float], prefix: str = "") -> str:
-    names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    names = {
+        "loss": "loss",
+        "margin": "rewards/margins",
+        "accuracy": "rewards/accuracies",
+        "auc": "rewards/auc",
+        "kl": "kl",
+    }
     shown = {label: values.get(prefix + name) for label, name in names.items()}
     return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)
 

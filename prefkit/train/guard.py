@@ -7,7 +7,6 @@ that is not finite does anything search for the number to blame.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from prefkit.config.errors import UserError
+from prefkit.data.packing import rows_of_losses
 from prefkit.train.spikes import SHOWN_ROWS, Spike, SpikeWatch
 
 _SHOWN = 5
@@ -46,12 +46,8 @@ class Seen:
     values: Mapping[str, Tensor]
 
     def rows(self) -> list[str]:
-        """The name of the row of each of the M pairs. Looks at tensors of the batch, so it takes a while."""
-        batch = self.batch
-        ends = torch.tensor(batch["num_targets"]).cumsum(0) - 1
-        last_responses = batch["owner"].cpu()[ends].tolist()  # of each example
-        chosen = batch["pairs"][:, 0].tolist()
-        return [batch["rows"][bisect_left(last_responses, response)] for response in chosen]
+        """The name of the row of each of the M values."""
+        return rows_of_losses(self.batch)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,12 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def needs_reference(config: RunConfig) -> bool:
+    """Whether the loss of a run reads a reference."""
+    method = config.method
+    return method.stage == "kto" or (method.stage == "dpo" and LOSSES[method.pref_loss].needs_reference)
+
+
 def wants_cache(config: RunConfig, args: TrainingArguments, model_config: Any, num_rows: int) -> bool:
     """Whether `num_rows` rows to train on are seen more than once, or the YAML says so.
 
@@ -75,7 +81,7 @@ class ReferenceBuilder:
 
     def build(self) -> Reference | None:
         """The reference; None where the loss has none. The policy must not have been trained yet."""
-        if not LOSSES[self.config.method.pref_loss].needs_reference:
+        if not needs_reference(self.config):
             self.say(f"Reference: none: {self.config.method.pref_loss} does not use one.")
             return None
         reference = self._with_cache() if self._wants_cache() else self._choose()

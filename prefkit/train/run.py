@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import RunData, load_data
+from prefkit.data.dataset import USES, RunData, load_data
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
@@ -49,6 +49,8 @@ from prefkit.train.callbacks import (
     evaluation_prefix,
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
+from prefkit.train.dpo import DpoStage
+from prefkit.train.kto import KtoStage
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces, naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
@@ -59,7 +61,7 @@ from prefkit.train.reward import RewardStage
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
-from prefkit.train.stages import DpoStage, Stage
+from prefkit.train.stages import Stage
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
 
@@ -67,6 +69,11 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _SHOWN_SAMPLES = 3
+_SHOWN_METRICS = {
+    "rewards/accuracies": "reward accuracy",
+    "rewards/auc": "AUC of the reward",
+    "rewards/margins": "margin",
+}
 _PROBED = 256  # rows among which the shortest are taken for the probe
 
 
@@ -142,9 +149,13 @@ def _train(
 
 def _check_margins(config: RunConfig, data: RunData) -> None:
     """Raises `DataError` when the data has margins that the loss would not read."""
-    if config.method.stage == "rm":
+    if not data.has_margins or config.method.stage == "rm":
         return
-    if data.has_margins and not LOSSES[config.method.pref_loss].takes_offset:
+    if config.method.stage == "kto":
+        raise DataError(
+            "judged responses have no margin: take `margin` out of `columns` in dataset_info.json"
+        )
+    if not LOSSES[config.method.pref_loss].takes_offset:
         takers = " or ".join(name for name, loss in LOSSES.items() if loss.takes_offset)
         raise DataError(
             f"pref_loss: {config.method.pref_loss} has no place for the margin of a pair: write pref_loss: "
@@ -163,7 +174,7 @@ def _build_trainer(
     signals: StopSignals,
     console: Console,
 ) -> PrefTrainer:
-    stage = _make_stage(config, policy, reference, starts_here=folder.checkpoint is None)
+    stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
     bar = ProgressBar(console)
     trainer = PrefTrainer(
         policy.model,
@@ -188,13 +199,25 @@ def _build_trainer(
     return trainer
 
 
-def _make_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:
+def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:
+    """What the YAML's `stage` names; `starts_here` says that the run is not resumed."""
     if config.method.stage == "rm":
         return RewardStage(config.method)
     coefficient = config.model.moe_aux_loss_coef or 0.0
-    stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
+    stage: DpoStage | KtoStage
+    if config.method.stage == "kto":
+        assert reference is not None
+        stage = KtoStage(config.method, reference, policy.compute_dtype, coefficient)
+    else:
+        stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
     stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
     return stage
+
+
+def loss_name(config: RunConfig) -> str:
+    """The loss of a run in a word."""
+    names = {"dpo": config.method.pref_loss, "kto": "kto", "rm": "bradley-terry"}
+    return names[config.method.stage]
 
 
 @dataclass(frozen=True)
@@ -254,14 +277,13 @@ class Run:
 
     def _describe(self) -> None:
         """Write by what the model is known again, and what it is."""
-        folder, rows, loss = self.folder.path, self.data.first(_PROBED), self.config.method.pref_loss
+        folder, rows = self.folder.path, self.data.first(_PROBED)
         is_reward = self.config.method.stage == "rm"
         if is_reward:
-            loss = "Bradley-Terry"
             write_score_probe(make_score_probe(self.policy.model, rows), folder)
         else:
             write_probe(make_probe(self.policy.model, rows), folder)
-        facts = f"{loss} loss on {', '.join(self.config.data.dataset)}"
+        facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         write_model_card(folder, self.config.model.model_name_or_path, facts, is_adapter, is_reward)
 
@@ -276,24 +298,28 @@ class Run:
         print_ledger(self.console, self.data.ledgers)
 
     def evaluate(self) -> None:
-        """Metrics of the held-out pairs (`do_eval`), and of each of them (`do_predict`)."""
+        """Metrics of what is held out (`do_eval`), and of each pair or judged response (`do_predict`)."""
         args = self.trainer.args
         if not (args.do_eval or args.do_predict):
             return
         if not self.data.held_out:
             raise DataError("do_eval/do_predict: every held-out row was rejected")
         if args.do_eval:
+            what = "pairs" if USES[self.config.method.stage] == "pairs" else "responses"
             metrics = self._last_evaluation() or self.trainer.evaluate()
             self.trainer.save_metrics("eval", metrics)
             for name, rows in (self.data.held_out_parts or {"": self.data.held_out}).items():
                 prefix = f"eval_{name}_" if name else "eval_"
-                accuracy, margin = metrics[f"{prefix}rewards/accuracies"], metrics[f"{prefix}rewards/margins"]
+                found = (
+                    f"{word} {metrics[prefix + key]:.3f}"
+                    for key, word in _SHOWN_METRICS.items()
+                    if prefix + key in metrics
+                )
                 self.console.print(
-                    f"Held out{name and f' ({name})'}: reward accuracy {accuracy:.3f}, margin {margin:.3f} "
-                    f"({len(rows)} pairs)"
+                    f"Held out{name and f' ({name})'}: {', '.join(found)} ({len(rows)} {what})"
                 )
         if args.do_predict:
-            metrics, measured = self.trainer.predict_pairs(self.data.held_out)
+            metrics, measured = self.trainer.predict_rows(self.data.held_out)
             self.trainer.save_metrics("predict", metrics)
             if not self.leads:
                 return
@@ -362,7 +388,7 @@ class Run:
             "adapters_below": list(self.config.merged_adapters),
             "fingerprints": self.weights,
             "stage": self.config.method.stage,
-            "loss": "bradley-terry" if self.config.method.stage == "rm" else self.config.method.pref_loss,
+            "loss": loss_name(self.config),
             "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
             "enable_thinking": self.config.data.enable_thinking,
@@ -397,9 +423,10 @@ FILES = {
     "training_loss.png": "loss curve",
     "training_eval_loss.png": "held-out loss curve",
     "training_rewards_accuracies.png": "reward accuracy curve",
+    "training_rewards_chosen.png": "curve of the reward of chosen responses",
     "training_rewards_margins.png": "reward margin curve",
     "eval_results.json": "held-out metrics",
-    "predictions.jsonl": "metrics of each held-out pair",
+    "predictions.jsonl": "metrics of each held-out pair or response",
     SCORES_FILE: "scores of each held-out pair",
     CALIBRATION_FILE: "held-out accuracy by margin and by length, expected calibration error",
     "samples.md": "held-out prompts answered before and after",

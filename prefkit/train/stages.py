@@ -1,21 +1,17 @@
-"""What a training method needs, and how a batch becomes losses and metrics."""
+"""What a stage is: how a batch becomes losses and metrics; and the checks that stages share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prefkit.config.errors import UserError
-from prefkit.config.schema import MethodConfig
-from prefkit.model.policy import response_logps
 from prefkit.model.reference import Reference
-from prefkit.objectives.logps import PairLogps, ResponseLogps, desensitize_length
-from prefkit.objectives.metrics import pairwise_metrics
-from prefkit.objectives.pairwise import LOSSES, RunningMean, bco_loss, mean_kl, mix_bco, rewards, sft_loss
+from prefkit.objectives.logps import ResponseLogps
 
 # How far policy and reference may differ, in nats per token, where they are the same weights; the loss may
 # differ by ten times the number. The forward is the same, so that the difference is 0 but for DoRA, which
@@ -30,7 +26,10 @@ class IdentityError(UserError):
 @dataclass(frozen=True)
 class StageOutput:
     """Losses (M,), with gradient, and metrics by name, (M,) each, without; `reference` has the log-probs by
-    name, (M,) each, that the losses rest on besides those of the policy."""
+    name, (M,) each, that the losses rest on besides those of the policy.
+
+    M counts pairs, or judged responses.
+    """
 
     losses: Tensor
     metrics: dict[str, Tensor]
@@ -38,20 +37,25 @@ class StageOutput:
 
 
 class Stage(Protocol):
-    """How batches become losses and metrics; the trainer knows nothing else of a method.
+    """What the trainer asks of a stage.
 
-    `name` is what messages call it, `gather` joins a vector from all ranks and is set by the trainer.
+    `name` is what messages call it; `gather` joins a vector from all ranks.
     """
 
     name: str
     gather: Callable[[Tensor], Tensor]
 
     def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
-        """Losses and metrics of a packed batch. Where it is a piece of a micro-batch, `batch["statistics"]`
-        are those of the whole."""
+        """Losses and metrics of a packed batch.
+
+        Where it is a piece of a micro-batch, its `statistics` are those of the whole.
+        """
 
     def statistics(self, model: nn.Module, pieces: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-        """What the losses of a micro-batch take from all of it, when it is computed in pieces."""
+        """What the losses of a micro-batch take from all of it, () each, when it is computed in pieces.
+
+        Costs a pass over the pieces, to be made without gradient; none where the loss has no such number.
+        """
 
     def forget_step(self) -> None:
         """Drop what the optimiser step has gathered so far, since it is computed anew."""
@@ -66,181 +70,32 @@ class Stage(Protocol):
         """Take back what `state` gave."""
 
 
-class DpoStage:
-    """Direct preference optimisation with any of `LOSSES`, and the terms that can be added.
-
-    `gather` joins a vector from all ranks; `expects_identity` asks for the first batch to be checked
-    against `IDENTITY_TOLERANCE[dtype]`.
-    """
-
-    def __init__(
-        self,
-        method: MethodConfig,
-        reference: Reference | None,
-        dtype: torch.dtype,
-        router_loss_weight: float = 0.0,
-    ) -> None:
-        self.name = f"{method.stage} ({method.pref_loss})"
-        self.loss = LOSSES[method.pref_loss]
-        self.reference = reference
-        self.dtype = dtype
-        self.router_loss_weight = router_loss_weight
-        self.method = method
-        self.expects_identity = False
-        self.gather: Callable[[Tensor], Tensor] = lambda values: values
-        self.reward_mean = RunningMean()
-        self._step_rewards: list[Tensor] = []
-        numbers = {
-            "beta": method.pref_beta,
-            "label_smoothing": method.dpo_label_smoothing,
-            "average": method.ipo_average,
-            "gamma": method.simpo_gamma,
-        }
-        self.numbers = {name: numbers[name] for name in self.loss.params}
-
-    def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
-        """Losses and metrics of a packed batch.
-
-        Where it is a piece of a micro-batch, its `statistics` are those of the whole. The router loss alone
-        is taken over the piece, as it would be in a smaller micro-batch: it is no sum over examples.
-
-        Raises `IdentityError` when the first batch shows that the reference is not what it should be.
-        """
-        responses = response_logps(model, batch)
-        reference = self.reference.logps(model, batch) if self.reference else None
-        if self.expects_identity and reference is not None:
-            self._check_identity(responses, reference, batch["rows"])
-        plain = responses.pair(batch["pairs"])
-        policy, reference_pair = self._weighed_pairs(responses, reference, batch["pairs"])
-        given = batch.get("statistics")
-        statistics = self._batch_kl(policy, reference_pair) if given is None else given
-        numbers: dict[str, Any] = {**self.numbers, **statistics}
-        if self.loss.takes_offset:
-            numbers["offset"] = batch["margins"]
-        losses = self.loss.fn(policy, reference_pair, **numbers)
-        if self.expects_identity and reference_pair is not None:
-            self._check_loss(losses, reference_pair, numbers)
-        self.expects_identity = False
-        losses = self._add_terms(losses, policy, plain, reference_pair, learns=model.training)
-        losses = losses * batch["weights"]
-        pair_rewards = self.loss.rewards(policy, reference_pair, **numbers)
-        metrics = pairwise_metrics(plain, pair_rewards, self.loss.parts)
-        if responses.router_loss is not None:
-            losses = losses + self.router_loss_weight * responses.router_loss
-            metrics["router_loss"] = responses.router_loss.detach().expand(len(losses))
-        named = {} if reference is None else _named(reference.pair(batch["pairs"]))
-        return StageOutput(losses, metrics, named)
-
-    def statistics(self, model: nn.Module, pieces: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-        """What the losses of a micro-batch take from all of it, () each, when it is computed in pieces.
-
-        Costs a pass over the pieces, to be made without gradient; none where the loss has no such number.
-        """
-        if not self.loss.needs_batch_kl:
-            return {}
-        logratios = []
-        for piece in pieces:
-            assert self.reference is not None
-            responses, reference = response_logps(model, piece), self.reference.logps(model, piece)
-            logratios.append(_logratios(*self._weighed_pairs(responses, reference, piece["pairs"])))
-        return self._mean_kls(torch.cat(logratios))
-
-    def forget_step(self) -> None:
-        """Drop what the optimiser step has gathered so far, since it is computed anew."""
-        self._step_rewards = []
-
-    def end_step(self) -> None:
-        """After an optimiser step: the rewards seen in it, on all ranks, join their running mean.
-
-        Within the step the mean stays, so that the loss does not depend on how it is cut in micro-batches.
-        """
-        if self._step_rewards:
-            seen = torch.cat(self._step_rewards).detach()
-            total, count = (
-                self.gather(torch.stack([seen.sum(), seen.new_tensor(len(seen))])).view(-1, 2).sum(0)
-            )
-            self.reward_mean = self.reward_mean.update(total.item(), int(count))
-            self._step_rewards = []
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights, as JSON."""
-        return {"reward_mean": asdict(self.reward_mean)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
-        self.reward_mean = RunningMean(**state["reward_mean"])
-
-    def _weighed_pairs(
-        self, policy: ResponseLogps, reference: ResponseLogps | None, pairs: Tensor
-    ) -> tuple[PairLogps, PairLogps | None]:
-        """Policy and reference as the loss reads them."""
-        alpha = self.method.ld_alpha
-        weighed = self._weigh(policy, pairs, alpha).pair(pairs)
-        if reference is None:
-            return weighed, None
-        return weighed, self._weigh(reference, pairs, alpha if self.method.ld_alpha_reference else None).pair(
-            pairs
+def check_identity(
+    policy: ResponseLogps,
+    reference: ResponseLogps,
+    source: Reference,
+    dtype: torch.dtype,
+    rows: tuple[str, ...],
+) -> None:
+    """Raises `IdentityError` unless policy and reference agree on `rows`, as before the first update;
+    `source` is where the reference's numbers are from."""
+    tolerance = IDENTITY_TOLERANCE[dtype]
+    difference = (policy.token_logps.detach() - reference.token_logps).abs().mean().item()
+    if not difference <= tolerance:
+        raise IdentityError(
+            "Before the first update policy and reference must agree, but their log-probs differ by "
+            f"{difference:.2g} nats per token (tolerance {tolerance:g} in {dtype}) on "
+            f"{', '.join(rows)}. The reference is {source.describe()}. Nothing was trained: "
+            "every margin would start from a wrong zero."
         )
 
-    @staticmethod
-    def _weigh(responses: ResponseLogps, pairs: Tensor, alpha: float | None) -> ResponseLogps:
-        return responses if alpha is None else desensitize_length(responses, pairs, alpha)
 
-    def _batch_kl(self, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-        """KL of either side, from all ranks' micro-batches, where the loss has such a term."""
-        if not self.loss.needs_batch_kl:
-            return {}
-        return self._mean_kls(_logratios(policy, reference))
-
-    def _mean_kls(self, logratios: Tensor) -> dict[str, Tensor]:
-        chosen, rejected = self.gather(logratios).unbind(1)
-        return {"kl_chosen": mean_kl(chosen), "kl_rejected": mean_kl(rejected)}
-
-    def _add_terms(
-        self, losses: Tensor, policy: PairLogps, plain: PairLogps, reference: PairLogps | None, learns: bool
-    ) -> Tensor:
-        """Mix in the classifier loss and add the likelihood of chosen, each where it has a weight."""
-        if self.method.pref_bco_weight and reference is not None:
-            if learns:
-                self._step_rewards += rewards(policy, reference, beta=self.method.pref_beta)
-            bco = bco_loss(policy, reference, beta=self.method.pref_beta, shift=self.reward_mean.mean)
-            losses = mix_bco(losses, bco, self.method.pref_bco_weight)
-        if self.method.pref_ftx:
-            losses = losses + self.method.pref_ftx * sft_loss(plain)
-        return losses
-
-    def _check_identity(self, policy: ResponseLogps, reference: ResponseLogps, rows: tuple[str, ...]) -> None:
-        tolerance = IDENTITY_TOLERANCE[self.dtype]
-        difference = (policy.token_logps.detach() - reference.token_logps).abs().mean().item()
-        if not difference <= tolerance:
-            assert self.reference is not None
-            raise IdentityError(
-                "Before the first update policy and reference must agree, but their log-probs differ by "
-                f"{difference:.2g} nats per token (tolerance {tolerance:g} in {self.dtype}) on "
-                f"{', '.join(rows)}. The reference is {self.reference.describe()}. Nothing was trained: "
-                "every margin would start from a wrong zero."
-            )
-
-    def _check_loss(self, losses: Tensor, reference: PairLogps, numbers: dict[str, Any]) -> None:
-        """The loss must be what its own formula gives where policy and reference are equal."""
-        if self.method.ld_alpha is not None and not self.method.ld_alpha_reference:
-            return  # one side is weighed and the other is not, so they do not start equal
-        expected = self.loss.fn(reference, reference, **numbers)
-        slack = 10 * IDENTITY_TOLERANCE[self.dtype]
-        if not torch.allclose(losses.detach(), expected, rtol=slack, atol=slack):
-            raise IdentityError(
-                f"Before the first update the loss must be {expected.mean():.4f}, its value where policy and "
-                f"reference agree, but it is {losses.mean():.4f} (tolerance {slack:g} in {self.dtype}). "
-                "Nothing was trained."
-            )
-
-
-def _named(reference: PairLogps) -> dict[str, Tensor]:
-    return {"reference logps/chosen": reference.chosen, "reference logps/rejected": reference.rejected}
-
-
-def _logratios(policy: PairLogps, reference: PairLogps | None) -> Tensor:
-    """Of chosen and rejected, (M, 2), without gradient."""
-    assert reference is not None
-    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    return torch.stack([chosen, rejected], 1).detach()
+def check_first_losses(losses: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Raises `IdentityError` unless losses (M,) are as expected where policy and reference are equal."""
+    slack = 10 * IDENTITY_TOLERANCE[dtype]
+    if not torch.allclose(losses.detach(), expected, rtol=slack, atol=slack):
+        raise IdentityError(
+            f"Before the first update the loss must be {expected.mean():.4f}, its value where policy and "
+            f"reference agree, but it is {losses.mean():.4f} (tolerance {slack:g} in {dtype}). "
+            "Nothing was trained."
+        )

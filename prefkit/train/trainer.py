@@ -15,10 +15,12 @@ from torch.utils.data import get_worker_info
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from prefkit.config.schema import TuningConfig
-from prefkit.data.dataset import RowView, RunData
+from prefkit.data.dataset import RunData
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout, pack
+from prefkit.data.packing import Layout, pack, rows_of_losses
+from prefkit.data.view import RowView
 from prefkit.files import replace_text
+from prefkit.objectives.metrics import by_label, held_out_metrics, means
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
@@ -56,7 +58,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             train_dataset=data.train if args.do_train else None,
             eval_dataset=data.held_out_parts or (data.held_out if len(data.held_out) else None),
             processing_class=tokenizer,
-            compute_metrics=self._mean_metrics,
+            compute_metrics=self._held_out_metrics,
         )
         self.stage = stage
         self.tuning = tuning
@@ -66,7 +68,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
-        self._metric_names: list[str] = []
+        self._metric_names: list[str] = []  # of what is averaged over a step
+        self._columns: list[str] = []  # of what an evaluation says of each row
         self.training_pieces = pieces
         self.evaluation_pieces = replace(pieces, learns=False)
         self._step_inputs: list[dict[str, Any]] = []
@@ -173,7 +176,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Loss and metrics of each pair, (M, K); the loop gathers them and drops repeated rows.
+        """Loss and metrics of each pair or judged response, (M, K); the loop gathers them and drops
+        repeated rows.
 
         Raises `NotFinite`.
         """
@@ -191,23 +195,22 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.stage.compute(model, piece)
         values = {"loss": output.losses, **output.metrics}
-        self._metric_names = list(values)
+        self._columns = list(values)
         table = torch.stack([value.float() for value in values.values()], 1)
         if not table.isfinite().all():
             found = "; ".join(not_finite(_seen(piece, output)))
             raise NotFinite(f"{self.stage.name}, evaluation: a number is not finite: {found}")
         return table
 
-    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        assert not isinstance(prediction.predictions, tuple)
-        means = prediction.predictions.mean(axis=0, dtype="float64")
-        return dict(zip(self._metric_names, means.tolist(), strict=True))
+    def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        columns = torch.as_tensor(prediction.predictions).unbind(1)
+        return held_out_metrics(dict(zip(self._columns, columns, strict=True)))
 
-    def predict_pairs(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, float]]]:
+    def predict_rows(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, float]]]:
         """Means over all examples, named `predict_...`, and the values of each example, in order."""
         output = self.predict(cast("Any", examples), metric_key_prefix="predict")
         assert not isinstance(output.predictions, tuple)
-        rows = [dict(zip(self._metric_names, row, strict=True)) for row in output.predictions.tolist()]
+        rows = [dict(zip(self._columns, row, strict=True)) for row in output.predictions.tolist()]
         return output.metrics or {}, rows
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -227,8 +230,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means, over examples and ranks, of the metrics since the last line of the log."""
         if "loss" in logs and self._window_sums:
-            means = self._means(self._window_sums)
-            logs.update({name: value for name, value in means.items() if name != "loss"})
+            found = means(self._sums_of_ranks(self._window_sums))
+            logs.update({name: value for name, value in found.items() if name != "loss"})
             self._window_sums = {}
         super().log(logs, start_time)
 
@@ -261,7 +264,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
     def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:
         """Add metrics to the sums and counts of the step."""
         self.guard.see(_seen(inputs, output))
-        metrics = {"loss": output.losses.detach(), **output.metrics}
+        metrics = by_label({"loss": output.losses.detach(), **output.metrics})
         self._metric_names = list(metrics)
         _add(self._step_sums, metrics | output.reference)
 
@@ -269,20 +272,20 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         """All gradients of an optimiser step are there: its metrics join those of the log window."""
         numbers = torch.stack(list(self._step_sums.values())).tolist()
         self._step_numbers = dict(zip(self._step_sums, numbers, strict=True))
-        self.latest = {name: total / count for name, (total, count) in self._step_numbers.items()}
+        self.latest = means(self._step_numbers)
         _add_sums(self._window_sums, {name: self._step_sums[name] for name in self._metric_names})
         self._step_sums = {}
         self._step_inputs = []
         self.stage.end_step()
 
-    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack(list(sums.values()))
-        totals = self.accelerator.reduce(stacked, "sum")
-        return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+    def _sums_of_ranks(self, sums: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """(sum, count) by name, of all ranks."""
+        totals = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        return dict(zip(sums, map(tuple, totals.tolist()), strict=True))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Pairs in the whole optimiser step: all its micro-batches, on all ranks."""
-        count = torch.tensor(sum(len(batch["pairs"]) for batch in batch_samples), device=device)
+        """Pairs, or judged responses, in the whole optimiser step: all its micro-batches, on all ranks."""
+        count = torch.tensor(sum(len(rows_of_losses(batch)) for batch in batch_samples), device=device)
         total: Tensor = self.accelerator.reduce(count, "sum")
         return total
 

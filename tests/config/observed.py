@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_allowed_to_check": "kto_chosen_weight kto_rejected_weight reward_model reward_model_type "
+        "test_allowed_to_check": "reward_model reward_model_type "
         "reward_model_adapters ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
         "test_error": "reward_model_quantization_bit label_smoothing_factor neftune_noise_alpha deepspeed "
         "fsdp",
@@ -89,6 +89,9 @@ _TESTS: dict[str, dict[str, str]] = {
     "tests/train/test_data.py": {
         "test_eval_on_each_dataset": "eval_on_each_dataset",
     },
+    "tests/train/test_kto.py": {
+        "test_kto_weights_are_those_of_the_labels": "kto_chosen_weight kto_rejected_weight",
+    },
     "tests/train/test_references.py": {
         "test_the_reference_is_the_one_named_and_does_not_move": "ref_model ref_model_adapters "
         "ref_model_quantization_bit create_new_adapter",
@@ -108,7 +111,7 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_overwrite_starts_afresh": "overwrite_output_dir",
         "test_a_run_leaves_its_files": "plot_loss sample_prompts sample_max_new_tokens",
     },
-    "tests/train/test_stages.py": {
+    "tests/train/test_dpo.py": {
         "test_pref_ftx_adds_the_mean_likelihood_of_chosen": "pref_ftx",
         "test_dpo_label_smoothing_weighs_both_signs": "dpo_label_smoothing",
         "test_simpo_gamma_is_a_margin_of_rewards": "simpo_gamma",

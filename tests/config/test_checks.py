@@ -77,6 +77,7 @@ BROKEN = {
     "freeze_modules": "finetuning_type: freeze\nfreeze_trainable_modules: []",
     "early_stopping_eval": "early_stopping_steps: 3",
     "best_metric": "metric_for_best_model: accuracy",
+    "best_metric_kto": "stage: kto\nmetric_for_best_model: rewards/accuracies",
     "best_metric_each": f"{EACH}metric_for_best_model: eval_loss",
     "best_metric_missing": f"{EACH}eval_strategy: epoch\nearly_stopping_steps: 2",
     "best_metric_loss": "metric_for_best_model: eval_sft_loss",
@@ -153,6 +154,9 @@ ALLOWED = [
     "tokenized_path: t\npreprocessing_num_workers: 2\noverwrite_cache: true\ntruncation: llamafactory",
     "on_bad_row: skip\nduplicate_prompts: skip\nranked_responses: pairs",
     "ref_cache: true\nrope_scaling: yarn\nflash_attn: fa2\nmoe_aux_loss_coef: 0.01",
+    "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 1.5\npref_ftx: 0.1\nref_model: r\n"
+    "ref_cache: true",
+    f"stage: kto\n{EACH}metric_for_best_model: eval_b_rewards/auc\neval_strategy: epoch",
     "stage: rm\nload_best_model_at_end: true\nval_size: 0.1\neval_strategy: epoch\nsave_strategy: epoch\n"
     "metric_for_best_model: eval_rewards/accuracies\nresume_from_checkpoint: true",
     f"{EACH}stage: rm\nmetric_for_best_model: eval_b_rewards/margins",
@@ -160,8 +164,6 @@ ALLOWED = [
     "stage: rm\ndo_train: false\ndataset: null\ndo_eval: true\neval_dataset: held_out",
 ]
 ALLOWED_TO_CHECK = [
-    "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 1.5\npref_ftx: 0.1\nref_model: r\n"
-    "ref_cache: true",
     "stage: ppo\nreward_model: r\nval_size: 0.1\neval_strategy: epoch\nload_best_model_at_end: true\n"
     "save_strategy: epoch\nreport_to: swanlab\nref_model: r",
     "stage: ppo\nreward_model: r\nppo_epochs: 2\nppo_target: 3\nppo_buffer_size: 4\nppo_score_norm: true\n"

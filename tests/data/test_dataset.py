@@ -256,10 +256,10 @@ def test_columns_of_a_path_are_recognised(load: Load, folder: Path) -> None:
 
 
 def test_other_stages_read_what_they_need(load: Load, folder: Path, tokenizer, write_config) -> None:
-    """Judged responses and bare prompts are encoded, though only `prefkit check` asks for them yet."""
+    """Judged responses, with a partner for each, and bare prompts."""
     from dataclasses import replace
 
-    register(folder, "kto", [{"instruction": "Q", "output": "A", "kto_tag": i > 0} for i in range(3)])
+    register(folder, "kto", [{"instruction": f"Q{i}", "output": "A", "kto_tag": i > 0} for i in range(3)])
     info = json.loads((folder / "dataset_info.json").read_text())
     info["kto"]["ranking"] = False
     (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -271,7 +271,7 @@ def test_other_stages_read_what_they_need(load: Load, folder: Path, tokenizer, w
         data = load_data(changed, template, 0, lambda text: None, lambda rows, title: rows)
         check(data)
         found[stage] = data.train[0]  # type: ignore[index]
-    assert found["kto"].labels == ("undesirable",) and len(found["kto"].response_ids) == 1
+    assert found["kto"].labels == ("undesirable", "partner") and len(found["kto"].response_ids) == 2
     assert found["ppo"].response_ids == [] and found["ppo"].prompt_ids == found["kto"].prompt_ids
 
 

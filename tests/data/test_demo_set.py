@@ -13,6 +13,7 @@ import pytest
 
 DATA = Path(__file__).parents[2] / "data"
 SETS = ("dpo_en_demo", "dpo_en_demo_heldout")
+JUDGED = dict(zip(SETS, ("kto_en_demo", "kto_en_demo_heldout"), strict=True))
 LARGEST_FRAME = 10
 
 FUNCTION_WORDS = """
@@ -99,3 +100,13 @@ def test_rejected_is_a_longer_other_answer(name):
 def test_the_pairs_are_those_of_the_source(name):
     made = [(pair["conversations"][0]["value"], pair["chosen"]["value"]) for pair in pairs(name)]
     assert made == source(name)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_judged_rows_are_one_answer_of_each_pair_and_half_are_desirable(name):
+    judged = pairs(JUDGED[name])
+    assert sum(row["label"] for row in judged) == len(judged) / 2
+    for row, pair in zip(judged, pairs(name), strict=True):
+        question, answer = (turn["content"] for turn in row["messages"])
+        assert question == pair["conversations"][0]["value"]
+        assert answer == pair["chosen" if row["label"] else "rejected"]["value"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefkit.objectives.logps import PairLogps
-from prefkit.objectives.metrics import pairwise_metrics
+from prefkit.objectives.metrics import auc, held_out_metrics, judged_metrics, pairwise_metrics
 from prefkit.objectives.pairwise import LOSSES, Rewards
 
 # The two pairs of test_pairwise.py: log-ratios of chosen 2, -1 and of rejected -3, 2.
@@ -69,3 +69,45 @@ def test_rewards_by_hand(name, numbers, chosen, rejected):
     rewards = LOSSES[name].rewards(POLICY, REFERENCE, **numbers)
     torch.testing.assert_close(rewards.chosen, torch.tensor(chosen))
     torch.testing.assert_close(rewards.rejected, torch.tensor(rejected))
+
+
+def test_judged_rows_are_averaged_by_label_and_counted():
+    rows = judged_metrics(
+        torch.tensor([-4.0, -6.0, -9.0, -3.0]),
+        torch.tensor([1.0, -2.0, 0.5, 3.0], requires_grad=True),
+        torch.tensor([True, False, False, True]),
+        torch.tensor(0.25),
+    )
+    assert not any(value.requires_grad for value in rows.values())
+    assert held_out_metrics(rows) == {
+        "rewards/chosen": 2.0,
+        "rewards/rejected": -0.75,
+        "rewards/margins": 2.75,
+        "rewards/auc": 1.0,
+        "logps/chosen": -3.5,
+        "logps/rejected": -7.5,
+        "kl": 0.25,
+        "count/chosen": 2,
+        "count/rejected": 2,
+    }
+
+
+@pytest.mark.parametrize(("label", "name"), [(1.0, "chosen"), (0.0, "rejected")])
+def test_what_no_row_has_is_left_out(label, name):
+    one = torch.ones(1)
+    found = held_out_metrics({"rewards": one, "logps": -one, "desirable": label * one})
+    other = "rejected" if name == "chosen" else "chosen"
+    assert found == {f"rewards/{name}": 1.0, f"logps/{name}": -1.0, f"count/{name}": 1, f"count/{other}": 0}
+
+
+def test_pairs_are_averaged_as_they_are():
+    assert held_out_metrics({"loss": torch.tensor([1.0, 2.0])}) == {"loss": 1.5}
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    torch.manual_seed(0)
+    higher, lower = torch.randint(0, 9, (2, 40)).float().unbind(0)
+    higher = higher[:25]
+    expected = sum(float(h > x) + 0.5 * float(h == x) for h in higher for x in lower) / 1000
+    assert auc(higher, lower) == pytest.approx(expected)
+    assert auc(torch.zeros(3), torch.zeros(2)) == 0.5

@@ -36,9 +36,8 @@ BLOCKS = {
     "multimodal.yaml": "224ab2283110fdc7",
     "deepspeed.yaml": "686bd9f282de1da6",
 }
-RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml", "reward.yaml")
+RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml", "kto.yaml", "reward.yaml")
 REFUSED = {
-    "kto.yaml": "stage: .*kto",
     "ppo.yaml": "stage: .*ppo",
     "deepspeed.yaml": "deepspeed: not in this version",
 }
@@ -89,7 +88,7 @@ def test_training_blocks_run(name: str, tmp_path: Path, tiny_model: Path) -> Non
     assert record["template"] == "qwen3_nothink"
     losses = {"dpo.yaml": "sigmoid", "reward.yaml": "bradley-terry"}
     assert record["loss"] == losses.get(name, name.removesuffix(".yaml"))
-    assert "340 pairs to train on" in printed
+    assert f"340 {'rows' if name == 'kto.yaml' else 'pairs'} to train on" in printed
 
 
 @pytest.mark.parametrize("name", ["dpo_alpaca.json", "dpo_sharegpt.json"])
@@ -104,10 +103,24 @@ def test_inline_samples_load_and_train(name: str, tmp_path: Path, tiny_model: Pa
     assert "1 pair to train on" in printed
 
 
+def test_the_inline_sample_of_kto_loads_and_trains(tmp_path: Path, tiny_model: Path) -> None:
+    """Beside a row of another prompt and label; by itself it is one label, which teaches nothing."""
+    (tmp_path / "kto_data.json").write_text((SPEC / "kto_data.json").read_text())
+    (other,) = json.loads((SPEC / "kto_data.json").read_text().replace('"Q"', '"Another Q"'))
+    (tmp_path / "other.json").write_text(json.dumps([other | {"kto_tag": False}]))
+    entries = {"kto_en_demo": "kto_data.json", "other": "other.json"}
+    info = {name: {"file_name": file, "formatting": "sharegpt"} for name, file in entries.items()}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    config = write("kto.yaml", tmp_path)
+    _, printed = run(config, tiny_model, f"dataset_dir={tmp_path}", "dataset=kto_en_demo,other")
+    assert "2 rows to train on" in printed
+    with pytest.raises(DataError, match="are all desirable"):
+        run(config, tiny_model, f"dataset_dir={tmp_path}", "overwrite_output_dir=true")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "dataset", "kinds"),
     [
-        ("kto.yaml", "kto_data.json", "kto_en_demo", ["prompt", "desirable"]),
         ("reward.yaml", "dpo_sharegpt.json", "dpo_en_demo", ["prompt", "chosen", "rejected"]),
         ("ppo.yaml", "ppo_data.json", "alpaca_en_demo", ["prompt"]),
     ],

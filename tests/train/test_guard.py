@@ -16,10 +16,11 @@ from prefkit.data.examples import Pair
 from prefkit.data.packing import Layout, pack
 from prefkit.model import reference
 from prefkit.objectives.pairwise import LOSSES
-from prefkit.train import stages
+from prefkit.train import dpo
+from prefkit.train.dpo import DpoStage
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite
 from prefkit.train.spikes import Spike
-from prefkit.train.stages import DpoStage
+from prefkit.train.stages import StageOutput
 from prefkit.train.trainer import PrefTrainer
 from tests.train.runs import read, run, same, torchrun
 
@@ -41,14 +42,14 @@ def _in_bad_step(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[PrefTrainer],
 
 
 def spoil_policy(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    original = stages.response_logps
+    original = dpo.response_logps
 
     def logps(*args: Any) -> Any:
         found = original(*args)
         found.logps[0] = found.logps[0] + value
         return found
 
-    _in_bad_step(monkeypatch, lambda _: monkeypatch.setattr(stages, "response_logps", logps))
+    _in_bad_step(monkeypatch, lambda _: monkeypatch.setattr(dpo, "response_logps", logps))
 
 
 def spoil_reference(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
@@ -62,7 +63,7 @@ def spoil_reference(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     _in_bad_step(monkeypatch, lambda _: monkeypatch.setattr(reference.AdapterOff, "logps", logps))
 
 
-def _spoil_output(monkeypatch: pytest.MonkeyPatch, change: Callable[[stages.StageOutput], None]) -> None:
+def _spoil_output(monkeypatch: pytest.MonkeyPatch, change: Callable[[StageOutput], None]) -> None:
     original = DpoStage.compute
 
     def compute(self: DpoStage, *args: Any) -> Any:
@@ -173,7 +174,7 @@ def test_the_run_goes_on_from_the_checkpoint_before(write_config, tmp_path: Path
 
 
 def test_an_evaluation_names_the_row(write_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = stages.response_logps
+    original = dpo.response_logps
 
     def logps(model: Any, batch: Any) -> Any:
         found = original(model, batch)
@@ -181,7 +182,7 @@ def test_an_evaluation_names_the_row(write_config, monkeypatch: pytest.MonkeyPat
             found.logps[-1] = math.nan
         return found
 
-    monkeypatch.setattr(stages, "response_logps", logps)
+    monkeypatch.setattr(dpo, "response_logps", logps)
     keys = {"eval_dataset": "held_out", "do_eval": True, "per_device_eval_batch_size": 4}
     with pytest.raises(NotFinite, match=r"evaluation: .*logps/rejected is NaN for \S+held_out.json:4"):
         run(write_config(**keys, pref_loss="simpo"))
@@ -284,15 +285,15 @@ def test_the_losses_that_others_are_compared_with_resume(guard: StepGuard) -> No
 ONE_BAD_RANK = """
 import os
 from prefkit.cli import main
-from prefkit.train import stages
-original, calls = stages.response_logps, []
+from prefkit.train import dpo
+original, calls = dpo.response_logps, []
 def logps(*args):
     found = original(*args)
     calls.append(found)
     if os.environ["RANK"] == "1" and len(calls) == 3:
         found.logps[0] = found.logps[0] * float("inf")
     return found
-stages.response_logps = logps
+dpo.response_logps = logps
 main()
 """
 

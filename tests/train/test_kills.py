@@ -49,6 +49,7 @@ COMMON: dict[str, Any] = {
 STAGES: dict[str, dict[str, Any]] = {
     "dpo-sigmoid": {"pref_bco_weight": 0.5, "max_grad_norm": 0.5},
     "orpo": {"pref_loss": "orpo", "finetuning_type": "full", "learning_rate": 1e-3},
+    "kto": {"stage": "kto", "dataset": "judged", "eval_dataset": "judged_held_out", "pref_ftx": 0.1},
     "simpo": {
         "pref_loss": "simpo",
         "dataloader_num_workers": 1,

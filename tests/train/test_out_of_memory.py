@@ -25,11 +25,11 @@ from prefkit.model.attention import use_shared_prompts
 from prefkit.model.policy import attach_logps_forward
 from prefkit.model.reference import FrozenModel
 from prefkit.objectives.pairwise import LOSSES
-from prefkit.train import stages
+from prefkit.train import dpo
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.dpo import DpoStage
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.signals import StopSignals
-from prefkit.train.stages import DpoStage
 from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model
 from tests.train.runs import read, run, same, torchrun, unfinish
@@ -144,7 +144,7 @@ def make_run(write_config, tmp_path: Path) -> Callable[..., Run]:
 @pytest.fixture
 def fail_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Makes the policy's forwards of these numbers fail, counted from now on, after they were computed."""
-    original = stages.response_logps
+    original = dpo.response_logps
 
     def arm(*at: int, error: Exception | None = None, graded: bool = True) -> None:
         calls = 0
@@ -158,7 +158,7 @@ def fail_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
                     raise error or torch.OutOfMemoryError(NO_MEMORY)
             return found
 
-        monkeypatch.setattr(stages, "response_logps", call)
+        monkeypatch.setattr(dpo, "response_logps", call)
 
     yield arm
 
@@ -243,10 +243,10 @@ def test_without_a_replay_gradients_would_differ(make_run, monkeypatch: pytest.M
 @pytest.mark.parametrize("layout", ["shared", "repeat"])
 def test_evaluation_gives_the_same_table(make_run, fail_forward, variant: str, layout: str) -> None:
     plain = make_run(layout, **VARIANTS[variant])
-    expected_means, expected = plain.trainer.predict_pairs(plain.held_out)
+    expected_means, expected = plain.trainer.predict_rows(plain.held_out)
     fail_forward(1, 3, graded=False)
     found = make_run(layout, **VARIANTS[variant])
-    means, rows = found.trainer.predict_pairs(found.held_out)
+    means, rows = found.trainer.predict_rows(found.held_out)
     assert found.said == [
         f"Evaluation at step 0: out of memory; batches are now computed in {n} pieces, with the same results"
         for n in (2, 4)
@@ -291,7 +291,7 @@ def test_an_evaluation_that_does_not_fit(make_run, fail_forward) -> None:
     fail_forward(1, 2, 3, graded=False)
     found = make_run()
     with pytest.raises(OutOfMemory, match="Evaluation at step 0: out of memory: a single row") as caught:
-        found.trainer.predict_pairs(found.held_out)
+        found.trainer.predict_rows(found.held_out)
     for useless in ("checkpointing", "lora", "goes on"):
         assert useless not in str(caught.value)
 
@@ -318,7 +318,7 @@ def test_other_errors_pass(make_run, fail_forward, place: str, error: Exception)
     else:
         fail_forward(2, error=error, graded=place == "forward")
     with pytest.raises(type(error)) as caught:
-        found.trainer.predict_pairs(found.held_out) if place == "evaluation" else found.train()
+        found.trainer.predict_rows(found.held_out) if place == "evaluation" else found.train()
     assert caught.value is error and found.said == []
     assert found.trainer.extra_state()["pieces"] == [1, 1]
 
@@ -415,13 +415,13 @@ def test_among_several_processes_the_one_that_fails_says_so(write_config, tmp_pa
         "import os, sys, torch\n"
         "sys.path.insert(0, os.getcwd())\n"
         "from prefkit import cli\n"
-        "from prefkit.train import stages\n"
-        "original = stages.response_logps\n"
+        "from prefkit.train import dpo\n"
+        "original = dpo.response_logps\n"
         "def call(model, batch):\n"
         "    if os.environ['RANK'] == '1':\n"
         f"        raise torch.OutOfMemoryError('{NO_MEMORY}')\n"
         "    return original(model, batch)\n"
-        "stages.response_logps = call\n"
+        "dpo.response_logps = call\n"
         "cli.main()\n"
     )
     done = torchrun(str(script), "train", str(write_config()), "ddp_backend=gloo")

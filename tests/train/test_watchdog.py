@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from prefkit.train import watchdog
 from prefkit.train.checkpoint import verify_checkpoint
-from prefkit.train.stages import DpoStage
+from prefkit.train.dpo import DpoStage
 from prefkit.train.trainer import Collator
 from prefkit.train.watchdog import Watchdog
 from tests.train.forks import FORKS, Fork, command, two_ranks
@@ -154,7 +154,7 @@ def test_a_rank_that_stands_still(write_config, tmp_path: Path, monkeypatch: pyt
 SLEEPS_ON_RANK_1 = """
 import os, time
 from prefkit.cli import main
-from prefkit.train.stages import DpoStage
+from prefkit.train.dpo import DpoStage
 compute, calls = DpoStage.compute, iter(range(1000))
 def fall_asleep():
     open(os.environ["MARK"], "w").close()

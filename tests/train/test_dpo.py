@@ -9,8 +9,9 @@ import torch
 
 from prefkit.config import MethodConfig
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
-from prefkit.train import stages
-from prefkit.train.stages import DpoStage
+from prefkit.train import dpo
+from prefkit.train.dpo import DpoStage
+from prefkit.train.stages import IdentityError
 
 # Two pairs: response tokens 0-1 | 2 | 3 | 4-6, pairs (0, 1) and (2, 3).
 OWNER = torch.tensor([0, 0, 1, 2, 3, 3, 3])
@@ -35,7 +36,7 @@ class GivenReference:
 
 
 def compute(monkeypatch: pytest.MonkeyPatch, **method: Any) -> tuple[DpoStage, Any]:
-    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
     config = MethodConfig(stage="dpo", **method)
     stage = DpoStage(config, GivenReference(), torch.float32)
     return stage, stage.compute(torch.nn.Module(), BATCH)
@@ -115,22 +116,22 @@ def test_kto_pair_uses_the_kl_of_all_ranks(monkeypatch) -> None:
 
 
 def test_a_reference_free_loss_reads_none(monkeypatch) -> None:
-    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
     stage = DpoStage(MethodConfig(stage="dpo", pref_loss="orpo"), None, torch.float32)
     metrics = stage.compute(torch.nn.Module(), BATCH).metrics
     assert metrics.keys() >= {"sft_loss", "odds_ratio_loss"}
 
 
 def test_identity_is_checked_once_and_named(monkeypatch) -> None:
-    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
+    monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
     stage = DpoStage(MethodConfig(stage="dpo"), GivenReference(), torch.float32)
     stage.expects_identity = True
-    with pytest.raises(stages.IdentityError, match=r"f:1, f:2.*given by hand"):
+    with pytest.raises(IdentityError, match=r"f:1, f:2.*given by hand"):
         stage.compute(torch.nn.Module(), BATCH)
 
 
 def test_a_loss_that_does_not_start_at_its_own_value_is_found(monkeypatch) -> None:
-    monkeypatch.setattr(stages, "response_logps", lambda model, batch: sum_by_response(REFERENCE, OWNER, 4))
+    monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(REFERENCE, OWNER, 4))
     stage = DpoStage(MethodConfig(stage="dpo", pref_loss="hinge"), GivenReference(), torch.float32)
     stage.expects_identity = True
     assert stage.compute(torch.nn.Module(), BATCH).losses.tolist() == [1.0, 1.0]
@@ -138,7 +139,7 @@ def test_a_loss_that_does_not_start_at_its_own_value_is_found(monkeypatch) -> No
     monkeypatch.setattr(stage, "_weigh", lambda r, pairs, alpha: r if r is reference else double(r))
     reference = stage.reference.logps(None, None)  # type: ignore[union-attr]
     monkeypatch.setattr(stage.reference, "logps", lambda model, batch: reference)
-    with pytest.raises(stages.IdentityError, match=r"loss must be 1\.0000.*but it is"):
+    with pytest.raises(IdentityError, match=r"loss must be 1\.0000.*but it is"):
         stage.compute(torch.nn.Module(), BATCH)
 
 
