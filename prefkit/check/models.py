@@ -18,10 +18,10 @@ from prefkit.config.schema import ModelConfig, RunConfig, TuningConfig
 from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of, find_adapter, read_adapter_config
 from prefkit.model.attention import plain_implementation
+from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
 from prefkit.model.tuning import prepare_for_training
-from prefkit.train.policy import prepare_for_batches
 from prefkit.train.references import needs_reference, wants_cache
 
 if TYPE_CHECKING:

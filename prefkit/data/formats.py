@@ -25,8 +25,8 @@ from prefkit.data.messages import (
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
-# What a stage reads of a row: responses that are compared, one that is judged, or the prompt alone.
-Use = Literal["pairs", "judged", "prompts"]
+# What is read of a row: responses that are compared, one that is judged, the prompt alone, or any responses.
+Use = Literal["pairs", "judged", "prompts", "scored"]
 
 _COMMON = {
     "system": "system",
@@ -107,7 +107,12 @@ def make_example(row: object, layout: RowFormat, use: Use, source: str) -> Examp
         column = layout.column(name)
         if column and row.get(column):
             raise RowError(f"column {column!r}: {name} cannot be read by this version", "images or sound")
-    readers = {"pairs": _read_ranked, "judged": _read_judged, "prompts": _read_prompt}
+    readers = {
+        "pairs": _read_ranked,
+        "judged": _read_judged,
+        "prompts": _read_prompt,
+        "scored": _read_scored,
+    }
     prompt, responses, pairs = readers[use](row, layout)
     column = layout.column("tools")
     tools = read_tools(row.get(column), f"column {column!r}") if column else ()
@@ -135,17 +140,46 @@ def _read_judged(row: Row, layout: RowFormat) -> Parts:
     if layout.formatting == "hh" or column is None:
         raise RowError(f"formatting {layout.formatting} has pairs only; stage kto reads judged responses")
     label: Label = "desirable" if _flag(row, column) else "undesirable"
-    messages = _PROMPTS[layout.formatting](row, layout)
-    response = layout.column("response")
-    if response is not None:
-        answer = _after(messages, _answer_turns(row, response, layout), response)
-    elif messages[-1].role == "assistant":
-        answer = messages.pop()
-    else:
-        raise RowError("the conversation ends without the assistant's judged response", "no response")
+    messages, answer = _answered(row, layout)
     if _is_empty(answer):
         raise Degenerate("empty response")
     return messages, [Response(answer.content, label, answer.calls)], []
+
+
+def _answered(row: Row, layout: RowFormat) -> tuple[list[Message], Message]:
+    """A prompt and the one response to it."""
+    messages = _PROMPTS[layout.formatting](row, layout)
+    response = layout.column("response")
+    if response is not None:
+        return messages, _after(messages, _answer_turns(row, response, layout), response)
+    if messages[-1].role != "assistant":
+        raise RowError("the conversation ends without a response by the assistant", "no response")
+    return messages[:-1], messages[-1]
+
+
+def _read_scored(row: Row, layout: RowFormat) -> Parts:
+    """A prompt and whatever responses the row has: a list, chosen and rejected, or one. They may be equal."""
+    answers: dict[Label, list[Message]]
+    if layout.formatting == "hh":
+        chosen, rejected = (_hh_turns(row, layout, name) for name in ("chosen", "rejected"))
+        if chosen[:-1] != rejected[:-1]:
+            raise Degenerate("chosen and rejected part before the last turn")
+        prompt, answers = chosen[:-1], {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+    elif "responses" in layout.columns or ("responses" in row and "chosen" not in row):
+        prompt, turns = _listed(row, layout)
+        answers = {"ranked": turns}
+    elif layout.required("chosen") in row:
+        prompt, chosen_turn, rejected_turn = _compared(row, layout)
+        answers = {"chosen": [chosen_turn], "rejected": [rejected_turn]}
+    else:
+        prompt, answer = _answered(row, layout)
+        answers = {"scored": [answer]}
+    if any(_is_empty(turn) for turns in answers.values() for turn in turns):
+        raise Degenerate("empty response")
+    responses = [
+        Response(turn.content, label, turn.calls) for label, turns in answers.items() for turn in turns
+    ]
+    return prompt, responses, []
 
 
 def _read_ranked(row: Row, layout: RowFormat) -> Parts:
@@ -154,12 +188,18 @@ def _read_ranked(row: Row, layout: RowFormat) -> Parts:
         return _read_hh(row, layout)
     if "responses" in layout.columns or ("responses" in row and "chosen" not in row):
         return _read_list(row, layout)
+    prompt, chosen, rejected = _compared(row, layout)
+    return prompt, *_make_pair(chosen, rejected, row, layout)
+
+
+def _compared(row: Row, layout: RowFormat) -> tuple[list[Message], Message, Message]:
+    """A prompt, the chosen response and the rejected one."""
     columns = [layout.required(name) for name in ("chosen", "rejected")]
     answers = [_answer_turns(row, column, layout) for column in columns]
     implicit = layout.formatting == "trl" and row.get(layout.required("prompt")) is None
     prompt = _shared_turns(answers) if implicit else _open_prompt(row, layout)
     chosen, rejected = (_after(prompt, turns, column) for turns, column in zip(answers, columns, strict=True))
-    return prompt, *_make_pair(chosen, rejected, row, layout)
+    return prompt, chosen, rejected
 
 
 def _read_hh(row: Row, layout: RowFormat) -> Parts:
@@ -173,13 +213,7 @@ def _read_hh(row: Row, layout: RowFormat) -> Parts:
 def _read_list(row: Row, layout: RowFormat) -> Parts:
     """Any number of responses with ranks, 1 the best, or scores, the highest the best: each pair of
     unequal rank, the better response first."""
-    column = layout.required("responses")
-    values = _list(row, column)
-    prompt = _open_prompt(row, layout)
-    turns = [
-        _after(prompt, _as_turns(value, f"column {column!r}, response {i}", layout), column)
-        for i, value in enumerate(values, 1)
-    ]
+    prompt, turns = _listed(row, layout)
     if any(map(_is_empty, turns)):
         raise Degenerate("empty response")
     scores = _scores(row, layout, len(turns))
@@ -193,6 +227,17 @@ def _read_list(row: Row, layout: RowFormat) -> Parts:
     if not better:
         raise Degenerate("no two responses differ in rank")
     return prompt, [Response(turn.content, "ranked", turn.calls) for turn in turns], better
+
+
+def _listed(row: Row, layout: RowFormat) -> tuple[list[Message], list[Message]]:
+    """A prompt and a list of responses to it."""
+    column = layout.required("responses")
+    values = _list(row, column)
+    prompt = _open_prompt(row, layout)
+    return prompt, [
+        _after(prompt, _as_turns(value, f"column {column!r}, response {i}", layout), column)
+        for i, value in enumerate(values, 1)
+    ]
 
 
 def _scores(row: Row, layout: RowFormat, number: int) -> list[float]:

@@ -27,8 +27,7 @@ def recognise(row: object, file: object) -> RowFormat:
         return RowFormat("hh")
     if "prompt" in row or all(isinstance(text, list) for text in texts):
         tags = _other_tags([row.get("prompt"), *texts])
-        tag = "kto_tag" if "kto_tag" in row and "label" not in row else "label"
-        return RowFormat("trl", {"kto_tag": tag} if tag == "kto_tag" else {}, tags)
+        return RowFormat("trl", _renamed(row), tags)
     if list(row) == ["text"]:
         return RowFormat("alpaca", {"prompt": "text"})
     (*_, last) = row or ("",)
@@ -45,6 +44,17 @@ def _of_messages(messages: Any, column: str) -> RowFormat:
     if isinstance(first, Mapping) and "from" in first:
         return RowFormat("sharegpt", {"messages": column} if column != "conversations" else {})
     return RowFormat("openai", {"messages": column} if column != "messages" else {})
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, str]:
+    """Columns of prompts and responses that have another name than TRL's. To name some is to name all that
+    are optional."""
+    found = {}
+    if "kto_tag" in row and "label" not in row:
+        found["kto_tag"] = "kto_tag"
+    if "response" in row and "completion" not in row:
+        found["response"] = "response"
+    return found | {name: name for name in ("system", "tools") if found and name in row}
 
 
 def _other_tags(columns: list[Any]) -> dict[str, str]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.packing import Layout, pack
 from prefkit.files import replace_text
 from prefkit.model.adapter import base_of, find_adapter, start_from_adapters
 from prefkit.model.attention import plain_attention
+from prefkit.model.batches import prepare_for_batches
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES, find_model, fit_vocabulary, load_tokenizer, num_rows
 from prefkit.model.probe import PROBE_FILE
-from prefkit.model.reward import check_head, load_reward_base, read_value_head, scores_at
+from prefkit.model.reward import check_head, load_reward_base, read_value_head, response_scores, scores_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,26 +41,22 @@ _OTHER_FORMAT = 16
 
 
 @torch.no_grad()
-def score_rows(
+def plain_scores(
     model: nn.Module, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS
 ) -> list[float]:
-    """The score of each row of token ids, read at its last token, outside of mixed precision.
+    """The score of each row of token ids, read at its last token, outside of mixed precision and of packed
+    batches: as transformers itself would compute it.
 
     Rows of like length are computed together, padded on the right, up to `batch_tokens` with the padding.
     Raises `UserError` for an empty row and for ids that the model does not have.
     """
     base = base_of(model)
-    size = num_rows(base)
-    for number, row in enumerate(rows):
-        if not row:
-            raise UserError(f"row {number + 1} has no token, so that there is nothing to score")
-        if not 0 <= min(row) <= max(row) < size:
-            raise UserError(f"row {number + 1} has token {max(row)}, and the model has {size}")
+    _check_ids(rows, num_rows(base))
     scores = [0.0] * len(rows)
     was_training = model.training
     model.eval()
     with plain_attention(base):
-        for batch in _batches(rows, batch_tokens):
+        for batch in _batches([(len(row), 1) for row in rows], "repeat", batch_tokens):
             found = _score_batch(base, [rows[i] for i in batch])
             for i, score in zip(batch, found, strict=True):
                 scores[i] = score
@@ -65,14 +64,29 @@ def score_rows(
     return scores
 
 
-def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows that are computed together, the longest first."""
+def _check_ids(rows: Sequence[Sequence[int]], size: int) -> None:
+    for number, row in enumerate(rows):
+        if not row:
+            raise UserError(f"row {number + 1} has no token, so that there is nothing to score")
+        if not 0 <= min(row) <= max(row) < size:
+            raise UserError(f"row {number + 1} has token {max(row)}, and the model has {size}")
+
+
+def _batches(sizes: Sequence[tuple[int, int]], layout: Layout, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples that are computed together, the longest first; of each `sizes` has its tokens and
+    the rows that it takes. In the layout `repeat` a row is as long as the longest of its batch."""
     batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-        if batch and len(rows[batch[0]]) * (len(batch) + 1) > batch_tokens:
+    used = longest = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        length, rows = sizes[i]
+        longest = max(longest, length)
+        cost = length if layout == "shared" else longest * rows
+        if batch and used + cost > batch_tokens:
             yield batch
-            batch = []
+            batch, used, longest = [], 0, length
+            cost = length if layout == "shared" else longest * rows
         batch.append(i)
+        used += cost
     if batch:
         yield batch
 
@@ -117,8 +131,8 @@ def make_score_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> 
     ]
     base = base_of(model)
     dtype, quantized = str(base.dtype).removeprefix("torch."), bool(getattr(base, "is_quantized", False))
-    scores = score_rows(model, rows, batch_tokens=1)
-    together = score_rows(model, rows, batch_tokens=len(rows) * _MOST_TOKENS)
+    scores = plain_scores(model, rows, batch_tokens=1)
+    together = plain_scores(model, rows, batch_tokens=len(rows) * _MOST_TOKENS)
     measured = max(_apart(a, b) for a, b in zip(scores, together, strict=True))
     is_exact = dtype == "float32" and not quantized
     tolerance = EXACT if is_exact else max(_TIMES * measured, _UNIT.get(dtype, _UNIT["bfloat16"]))
@@ -167,7 +181,7 @@ def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
     if dtype != probe.dtype:
         tolerance = max(tolerance, _OTHER_FORMAT * max(_UNIT.get(it, 0.0) for it in (dtype, probe.dtype)))
     try:
-        scores = score_rows(model, probe.rows, batch_tokens=1)
+        scores = plain_scores(model, probe.rows, batch_tokens=1)
     except UserError as error:
         raise ModelError(f"{name} on {base.name_or_path}: {error}: it was trained on another base") from error
     apart = max(_apart(score, found) for score, found in zip(probe.scores, scores, strict=True))
@@ -183,16 +197,61 @@ def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model; `offset` is added to what its head gives, `proof` is how far its scores are from those
-    saved with it (`verify_scores`)."""
+    """A reward model that takes packed batches in `layout`; `offset` is added to what its head gives, `proof`
+    is how far its scores are from those saved with it (`verify_scores`)."""
 
     model: nn.Module
+    layout: Layout
     offset: float
     proof: float | None
 
-    def score(self, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS) -> list[float]:
-        """The score of each row of token ids, as `score_rows` says."""
-        return [score + self.offset for score in score_rows(self.model, rows, batch_tokens)]
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return base_of(self.model).device
+
+    @torch.no_grad()
+    def score(
+        self, examples: Sequence[TokenizedExample], batch_tokens: int = _BATCH_TOKENS
+    ) -> list[list[float]]:
+        """The scores of the responses of each example, by the forward that training uses.
+
+        Examples are computed together up to `batch_tokens`, a prompt once for its responses in the layout
+        `shared`. In fp32 a score is the same within `EXACT` whatever it is computed with. Raises `UserError`
+        for a score that is not finite.
+        """
+        found: list[list[float]] = [[] for _ in examples]
+        sizes = [_size(example, self.layout) for example in examples]
+        for batch in _batches(sizes, self.layout, batch_tokens):
+            packed = pack([examples[i] for i in batch], self.layout).to_dict()
+            here = {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in packed.items()}
+            scores = (response_scores(self.model, here).double() + self.offset).tolist()
+            for i in batch:
+                number = len(examples[i].response_ids)
+                found[i], scores = scores[:number], scores[number:]
+                if not all(map(math.isfinite, found[i])):
+                    raise UserError(f"{examples[i].source or 'a row'}: its score is not finite: {found[i]}")
+        return found
+
+    def score_rows(self, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS) -> list[float]:
+        """The score of each row of token ids, read at its last token.
+
+        Raises `UserError` for an empty row and for ids that the model does not have.
+        """
+        _check_ids(rows, num_rows(base_of(self.model)))
+        return [score for (score,) in self.score([whole_row(row) for row in rows], batch_tokens)]
+
+
+def whole_row(ids: Sequence[int]) -> TokenizedExample:
+    """A row of token ids that has a score at its end, as an example."""
+    return TokenizedExample(list(ids[:-1]), [list(ids[-1:])], (), "")
+
+
+def _size(example: TokenizedExample, layout: Layout) -> tuple[int, int]:
+    """Tokens of an example, or of the longest of its rows, and how many rows it takes."""
+    if layout == "shared":
+        return example.num_tokens, 1
+    return len(example.prompt_ids) + max(map(len, example.response_ids)), len(example.response_ids)
 
 
 def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
@@ -213,4 +272,6 @@ def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
     folder = find_adapter(adapters[-1], config) if adapters else find_model(config)
     value_head = read_value_head(folder)
     offset = value_head[1] if value_head else 0.0
-    return RewardModel(model, offset, verify_scores(model, folder, config.trained_last))
+    proof = verify_scores(model, folder, config.trained_last)
+    layout = prepare_for_batches(base_of(model), config, cutoff_len, lambda text: None)
+    return RewardModel(model, layout, offset, proof)

@@ -19,6 +19,7 @@ from prefkit.data.rows import Track
 from prefkit.data.streaming import StreamedRows
 from prefkit.model.adapter import find_adapter, freeze_initial, merge_adapters
 from prefkit.model.architecture import batch_dependence
+from prefkit.model.batches import prepare_for_batches
 from prefkit.model.fingerprint import fingerprint
 from prefkit.model.load import find_model, fit_vocabulary, load_causal_lm
 from prefkit.model.policy import response_logps
@@ -26,7 +27,7 @@ from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fil
 from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter, Reference
 from prefkit.objectives.logps import ResponseLogps
 from prefkit.objectives.pairwise import LOSSES
-from prefkit.train.policy import Policy, Say, prepare_for_batches
+from prefkit.train.policy import Policy, Say
 
 if TYPE_CHECKING:
     from peft import PeftModel

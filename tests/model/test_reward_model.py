@@ -15,8 +15,8 @@ from prefkit.model.probe import PROBE_FILE, make_probe, write_probe
 from prefkit.model.reward_model import (
     EXACT,
     make_score_probe,
+    plain_scores,
     read_score_probe,
-    score_rows,
     verify_scores,
     write_score_probe,
 )
@@ -34,10 +34,10 @@ def test_a_score_does_not_depend_on_the_batch(budget: int) -> None:
     hook = model.model.register_forward_pre_hook(
         lambda module, given, named: sizes.append(named["input_ids"].numel()), with_kwargs=True
     )
-    found = score_rows(model, ROWS, budget)
+    found = plain_scores(model, ROWS, budget)
     hook.remove()
     assert sum(sizes) >= sum(map(len, ROWS)) and max(sizes) <= max(budget, 7)
-    alone = [score_rows(model, [row])[0] for row in ROWS]
+    alone = [plain_scores(model, [row])[0] for row in ROWS]
     assert found == pytest.approx(alone, abs=1e-5)
     # A row may end in the token that pads elsewhere; the model's own forward reads another place there.
     with torch.no_grad():
@@ -47,9 +47,9 @@ def test_a_score_does_not_depend_on_the_batch(budget: int) -> None:
 
 def test_rows_that_cannot_be_scored() -> None:
     with pytest.raises(UserError, match="row 2 has no token"):
-        score_rows(make_reward_model(), [[5], []])
+        plain_scores(make_reward_model(), [[5], []])
     with pytest.raises(UserError, match="row 1 has token 264, and the model has 264"):
-        score_rows(make_reward_model(), [[5, 264]])
+        plain_scores(make_reward_model(), [[5, 264]])
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def plain_scores(model: Any, tokenizer: Any, rows: list[str], batch: int) -> lis
 
 
 def scores(model: RewardModel, tokenizer: Any, rows: list[str]) -> list[float]:
-    return model.score([tokenizer.encode(row, add_special_tokens=False) for row in rows])
+    return model.score_rows([tokenizer.encode(row, add_special_tokens=False) for row in rows])
 
 
 def end_padded_model(folder: Path, end: str = "<|im_end|>") -> Path:
@@ -162,7 +162,8 @@ def test_a_run_leaves_its_files(kind: str, configure: Callable[..., Path], tmp_p
     for folder in (out, out / "checkpoint-4", out / "checkpoint-8"):
         assert weights(folder)[head].shape == (1, 32)
     assert torch.equal(weights(out)[head], weights(out / "checkpoint-8")[head])
-    assert load_reward_model(out / "checkpoint-8").score([[9, 8]]) == load_reward_model(out).score([[9, 8]])
+    last, final = (load_reward_model(folder).score_rows([[9, 8]]) for folder in (out / "checkpoint-8", out))
+    assert last == final
 
 
 def test_predictions_are_the_scores_of_the_model_to_1e_5(
@@ -170,20 +171,20 @@ def test_predictions_are_the_scores_of_the_model_to_1e_5(
 ) -> None:
     """One number for a row: in training's shared layout, in evaluation, and from the saved model."""
     seen: dict[str, Any] = {}
-    original = PrefTrainer.predict_pairs
+    original = PrefTrainer.predict_rows
 
     def note(self: PrefTrainer, examples: Any) -> Any:
         seen["rows"] = list(examples)
         return original(self, examples)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(PrefTrainer, "predict_pairs", note)
+        monkeypatch.setattr(PrefTrainer, "predict_rows", note)
         run(configure(eval_dataset="held_out", do_predict=True, per_device_eval_batch_size=4))
     out = tmp_path / "out"
     model = load_reward_model(out)
     lines = (out / "generated_predictions.jsonl").read_text().splitlines()
     for line, row in zip(map(json.loads, lines), seen["rows"], strict=True):
-        found = model.score([[*row.prompt_ids, *ids] for ids in row.response_ids])
+        found = model.score_rows([[*row.prompt_ids, *ids] for ids in row.response_ids])
         assert found == pytest.approx([line["chosen"], line["rejected"]], abs=1e-5)
 
 
@@ -324,11 +325,11 @@ def test_the_bias_of_llamafactorys_head_is_added(tiny_model: Path, tmp_path: Pat
     folder = tmp_path / "theirs"
     shutil.copytree(tiny_model, folder)
     put_value_head(folder, bias=0.0)
-    without = load_reward_model(folder).score([[9, 8, 7]])
+    without = load_reward_model(folder).score_rows([[9, 8, 7]])
     weight = put_value_head(folder, bias=0.75)
     model = load_reward_model(folder)
     assert model.proof is None
-    assert model.score([[9, 8, 7]]) == pytest.approx([without[0] + 0.75])
+    assert model.score_rows([[9, 8, 7]]) == pytest.approx([without[0] + 0.75])
     ids = torch.tensor([[9, 8, 7]])
     hidden = make_model()(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
     assert without[0] == pytest.approx((weight @ hidden).item(), abs=1e-5)

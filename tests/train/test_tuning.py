@@ -238,7 +238,7 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/a
 @pytest.fixture
 def give(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets the accuracy of each evaluation to come."""
-    original = PrefTrainer._mean_metrics
+    original = PrefTrainer._held_out_metrics
 
     def set_accuracies(*accuracies: float) -> None:
         given = iter(accuracies)
@@ -246,7 +246,7 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def made_up(self: PrefTrainer, prediction: Any) -> dict[str, float]:
             return original(self, prediction) | {"rewards/accuracies": next(given)}
 
-        monkeypatch.setattr(PrefTrainer, "_mean_metrics", made_up)
+        monkeypatch.setattr(PrefTrainer, "_held_out_metrics", made_up)
 
     return set_accuracies
 
