@@ -170,6 +170,53 @@ def api(
     serve(load_assistant(config), _sampling(config), host, port, token)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def score(
+    source: Annotated[str, _SOURCE],
+    data: Annotated[
+        str, typer.Argument(help="A file of rows, or a data set of dataset_info.json.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys, such as cutoff_len=4096.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file of scores, a line for each row.")
+    ] = Path("scores.jsonl"),
+) -> None:
+    """Score rows with a reward model: prompts with a response, or with chosen and rejected."""
+    from prefkit.config.uses import SCORING
+
+    config = _read_use(source, overrides, SCORING)
+    from prefkit.runs.report import make_console
+    from prefkit.serve.score import score_file
+
+    score_file(config, data, output.expanduser(), make_console())
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(
+    source: Annotated[str, _SOURCE],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys, such as cutoff_len=4096.")
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="API_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="API_PORT", help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve the scores of a reward model: /v1/rewards for messages, /v1/score/evaluation for texts that are
+    templated. API_KEY in the environment is the token, if any."""
+    from prefkit.config.uses import SCORING
+
+    config = _read_use(source, overrides, SCORING)
+    from prefkit.model.scorer import open_scorer
+    from prefkit.serve.http import check_address
+    from prefkit.serve.rewards import serve as run
+
+    token = os.environ.get("API_KEY") or None
+    check_address(host, token)
+    print(f"Loading {config.model.trained_last} ...", flush=True)
+    run(open_scorer(config.model, config.data), host, port, token)
+
+
 def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:
     """The config of a use, its warnings said."""
     from prefkit.serve.load import read_use_config

@@ -1,4 +1,4 @@
-"""Rules of using a model: talking to it, and exporting it."""
+"""Rules of using a model: talking to it, scoring with it, and exporting it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,22 @@ TALKING = Rules(
         *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
     ),
     (*_TRAINED_WITH, *_keys_of("export")),
+)  # fmt: skip
+SCORING = Rules(
+    (
+        Check("scoring_bits", ("quantization_bit",),
+              lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+        Check("scoring_stream", ("streaming",), lambda v: v.streaming,
+              "rows are always read one after the other: remove it"),
+        *_REFUSED,
+    ),
+    (),
+    (Needs("double_quantization", lambda v: v.quantization_bit == 4, "quantization_bit: 4"),),
+    (
+        *_keys_of("generation"), *_keys_of("export"), "disable_gradient_checkpointing", "moe_aux_loss_coef",
+        *_keys_of("data", "template", "cutoff_len", "default_system", "enable_thinking", "preserve_thinking",
+                  "tool_format", "truncation", "dataset_dir", "streaming"),
+    ),
 )  # fmt: skip
 EXPORT = Rules(
     (

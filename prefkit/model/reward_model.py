@@ -216,21 +216,21 @@ class RewardModel:
     ) -> list[list[float]]:
         """The scores of the responses of each example, by the forward that training uses.
 
-        Examples are computed together up to `batch_tokens`, a prompt once for its responses in the layout
-        `shared`. In fp32 a score is the same within `EXACT` whatever it is computed with. Raises `UserError`
-        for a score that is not finite.
+        Examples are computed together up to `batch_tokens`, those with the same prompt as one, and in the
+        layout `shared` a prompt once for its responses. In fp32 a score is the same within `EXACT` whatever
+        it is computed with. Raises `UserError` for a score that is not finite.
         """
-        found: list[list[float]] = [[] for _ in examples]
-        sizes = [_size(example, self.layout) for example in examples]
+        found = [[0.0] * len(example.response_ids) for example in examples]
+        joined, places = _join_prompts(examples, batch_tokens)
+        sizes = [_size(example, self.layout) for example in joined]
         for batch in _batches(sizes, self.layout, batch_tokens):
-            packed = pack([examples[i] for i in batch], self.layout).to_dict()
+            packed = pack([joined[i] for i in batch], self.layout).to_dict()
             here = {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in packed.items()}
             scores = (response_scores(self.model, here).double() + self.offset).tolist()
-            for i in batch:
-                number = len(examples[i].response_ids)
-                found[i], scores = scores[:number], scores[number:]
-                if not all(map(math.isfinite, found[i])):
-                    raise UserError(f"{examples[i].source or 'a row'}: its score is not finite: {found[i]}")
+            for (i, k), score in zip((place for j in batch for place in places[j]), scores, strict=True):
+                if not math.isfinite(score):
+                    raise UserError(f"{examples[i].source or 'a row'}: its score is {score}, not finite")
+                found[i][k] = score
         return found
 
     def score_rows(self, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS) -> list[float]:
@@ -245,6 +245,32 @@ class RewardModel:
 def whole_row(ids: Sequence[int]) -> TokenizedExample:
     """A row of token ids that has a score at its end, as an example."""
     return TokenizedExample(list(ids[:-1]), [list(ids[-1:])], (), "")
+
+
+def _join_prompts(
+    examples: Sequence[TokenizedExample], most_tokens: int
+) -> tuple[list[TokenizedExample], list[list[tuple[int, int]]]]:
+    """Examples with the same prompt as one, up to so many tokens, and for each response of each which it was:
+    (example, response).
+
+    >>> one, two = (TokenizedExample([7], [[k]], (), "f:1") for k in (1, 2))
+    >>> joined, places = _join_prompts([one, two], 10)
+    >>> joined[0].response_ids, places
+    ([[1], [2]], [[(0, 0), (1, 0)]])
+    """
+    joined: list[TokenizedExample] = []
+    places: list[list[tuple[int, int]]] = []
+    of_prompt: dict[tuple[int, ...], int] = {}
+    for i, example in enumerate(examples):
+        prompt = tuple(example.prompt_ids)
+        j = of_prompt.get(prompt)
+        if j is None or joined[j].num_tokens + sum(map(len, example.response_ids)) > most_tokens:
+            j = of_prompt[prompt] = len(joined)
+            joined.append(TokenizedExample(example.prompt_ids, [], (), example.source))
+            places.append([])
+        joined[j].response_ids.extend(example.response_ids)
+        places[j] += [(i, k) for k in range(len(example.response_ids))]
+    return joined, places
 
 
 def _size(example: TokenizedExample, layout: Layout) -> tuple[int, int]:

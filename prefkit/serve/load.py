@@ -13,6 +13,8 @@ from prefkit.config.errors import UserError
 from prefkit.config.load import LoadedConfig, load_config, load_use_config
 from prefkit.config.rules import Rules
 from prefkit.config.schema import UseConfig
+from prefkit.config.source import read_file
+from prefkit.config.uses import SCORING
 from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
 _TEMPLATE = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
+_SCORED = ("cutoff_len", "truncation")
 _ADAPTED = ("rope_scaling", "cutoff_len", "add_tokens", "add_special_tokens", "resize_vocab")
 
 
@@ -35,12 +38,27 @@ def read_use_config(source: str | None, overrides: Sequence[str], rules: Rules) 
         overrides = [source, *overrides]
         source = None
     file = source if source and Path(source).is_file() else None
+    if file is not None and rules is SCORING and (trained := _reward_run(file)):
+        source, file = trained, None
     if source and file is None and re.search(r"\.(ya?ml|json)$", source):
         raise UserError(f"{source} does not exist")
     defaults = _defaults_of(source) if source and file is None else {}
     loaded = load_use_config(file, overrides, defaults, rules)
     recorded = _usage(Path(loaded.config.model.trained_last))
     return load_use_config(file, overrides, {**recorded, **defaults}, rules)
+
+
+def _reward_run(file: str) -> str | None:
+    """The folder into which a YAML file trains a reward model, None where it trains something else or
+    nothing: the base that it names has no head for scores, so that nothing else can be meant."""
+    entries, _ = read_file(Path(file))
+    written = {entry.key: entry.value for entry in entries}
+    if written.get("stage") != "rm" or "output_dir" not in written:
+        return None
+    folder = str(load_config(file).config.training["output_dir"])
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"{file} trains a reward model in {folder}, which is not there: prefkit train {file}")
+    return folder
 
 
 def _defaults_of(source: str) -> dict[str, Any]:
@@ -77,6 +95,8 @@ def _usage(folder: Path) -> dict[str, Any]:
     if (folder / CONFIG_FILE).is_file():
         config = load_config(folder / CONFIG_FILE).config
         names: tuple[str, ...] = (*_TEMPLATE, "dtype")
+        if config.method.stage == "rm":
+            names += _SCORED
         if config.tuning.finetuning_type == "lora":
             names += _ADAPTED  # a model saved whole carries these itself
         return {name: config.value(name) for name in names}

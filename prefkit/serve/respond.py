@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from prefkit.config.errors import UserError
-from prefkit.config.suggest import nearest
 from prefkit.data.examples import Message
 from prefkit.serve.assistant import Answer, Sampling
+from prefkit.serve.http import ApiError, Fields, QueueFull, check_size, parse, read_fields
 
 MakeAnswer = Callable[[threading.Event], Answer]
 
@@ -53,31 +52,7 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 
 
-class ApiError(UserError):
-    """A request that is refused, with the HTTP status and what OpenAI's error body says."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-
-class _Part(BaseModel):
-    """A JSON object of known fields; null is as good as absent."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            raise ValueError("must be an object")
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-class _Turn(_Part):
+class _Turn(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
@@ -93,11 +68,11 @@ class _Turn(_Part):
         return "".join(part["text"] for part in content)
 
 
-class _StreamOptions(_Part):
+class _StreamOptions(Fields):
     include_usage: bool = False
 
 
-class _Body(_Part):
+class _Body(Fields):
     messages: list[_Turn] = Field(min_length=1)
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -132,17 +107,9 @@ def parse_request(body: bytes, models: Collection[str], served: Sampling, max_me
 
     Raises `ApiError` that names the first field which is malformed, unknown, or not implemented.
     """
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is not JSON.", code="invalid_json") from error
-    if not isinstance(fields, dict):
-        raise ApiError(400, "The body is not a JSON object.")
-    _check_size(fields.get("messages"), max_messages)
-    try:
-        asked = _Body.model_validate(_implemented(fields))
-    except ValidationError as error:
-        raise _first_problem(error) from error
+    fields = read_fields(body)
+    check_size(fields.get("messages"), max_messages)
+    asked = parse(_Body, _implemented(fields))
     if asked.model is not None and asked.model not in models:
         message = f"No model {asked.model!r} is served here, only {', '.join(models)}."
         raise ApiError(404, message, "model", "model_not_found")
@@ -158,11 +125,6 @@ def parse_request(body: bytes, models: Collection[str], served: Sampling, max_me
     )
 
 
-def _check_size(messages: object, limit: int) -> None:
-    if isinstance(messages, list) and len(messages) > limit:
-        raise ApiError(400, f"There are {len(messages)} messages; {limit} are allowed.", "messages")
-
-
 def _implemented(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields without those that have no effect. Raises `ApiError` for one that cannot have its own."""
     for name, value in fields.items():
@@ -173,19 +135,6 @@ def _implemented(fields: dict[str, Any]) -> dict[str, Any]:
             raise ApiError(400, message, name, "unsupported_field")
     without_effect = _NOT_IMPLEMENTED.keys() | _IGNORED
     return {name: value for name, value in fields.items() if name not in without_effect}
-
-
-def _first_problem(error: ValidationError) -> ApiError:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
-    param = "".join(parts).lstrip(".")
-    if problem["type"] == "extra_forbidden":
-        near = nearest(param, list(_Body.model_fields)) if len(param) < 40 else None
-        hint = f"; did you mean {near}?" if near else "."
-        return ApiError(400, f"{param} is not a known field{hint}", param, "unknown_field")
-    if problem["type"] == "value_error":
-        return ApiError(400, f"{param} {problem['ctx']['error']}.", param)
-    return ApiError(400, f"{param or 'The body'}: {problem['msg']}.", param or None)
 
 
 def _sampling(asked: _Body, served: Sampling) -> Sampling:
@@ -203,10 +152,6 @@ def _sampling(asked: _Body, served: Sampling) -> Sampling:
     }
     draws = served.do_sample or "temperature" in given or "top_p" in given
     return replace(served, **given, do_sample=draws, max_new_tokens=wanted)
-
-
-class QueueFull(Exception):
-    """As many requests wait as may."""
 
 
 class AnswerQueue:

@@ -412,13 +412,18 @@ class Run:
     def show_files(self) -> None:
         """Name the files of the run that are there."""
         if self.leads:
-            known = {name: what for name, what in FILES.items() if (self.folder.path / name).exists()}
+            verb = "score" if self.config.method.stage == "rm" else "chat"
+            known = {
+                name: what.format(verb=verb)
+                for name, what in FILES.items()
+                if (self.folder.path / name).exists()
+            }
             print_files(self.console, self.folder.path, known)
 
 
 FILES = {
-    "adapter_model.safetensors": "the adapter; `prefkit chat` and peft read this folder",
-    "model.safetensors": "the model; `prefkit chat` and transformers read this folder",
+    "adapter_model.safetensors": "the adapter; `prefkit {verb}` and peft read this folder",
+    "model.safetensors": "the model; `prefkit {verb}` and transformers read this folder",
     "training_curves.png": "loss, reward accuracy and margin at a glance",
     "training_loss.png": "loss curve",
     "training_eval_loss.png": "held-out loss curve",
@@ -428,6 +433,7 @@ FILES = {
     "eval_results.json": "held-out metrics",
     "predictions.jsonl": "metrics of each held-out pair or response",
     SCORES_FILE: "scores of each held-out pair",
+    CALIBRATION_FILE.replace(".json", ".png"): "calibration at a glance",
     CALIBRATION_FILE: "held-out accuracy by margin and by length, expected calibration error",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",

@@ -334,7 +334,7 @@ WEIGHED = RowFormat("alpaca", {"weight": "w"})
             "judged",
             "true or false, not a text",
         ),
-        ({**sharegpt(("human", "Q")), "kto_tag": True}, SHAREGPT, "judged", "ends without the assistant's"),
+        ({**sharegpt(("human", "Q")), "kto_tag": True}, SHAREGPT, "judged", "ends without a response"),
         (HH_ROW, HH, "judged", "formatting hh has pairs only"),
         (sharegpt(("system", "S")), SHAREGPT, "prompts", "no user message"),
         (RANKED, ALPACA, "pairs", "needs column 'scores' or 'ranks'"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
+from prefkit.config.uses import SCORING
 from prefkit.data.examples import Message
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
+from prefkit.model.scorer import Scorer, open_scorer
 from prefkit.serve.assistant import Assistant
+from prefkit.serve.load import read_use_config
 from tests.conftest import make_model, make_tokenizer
+from tests.model.test_reward import make_reward_model
 
 
 @pytest.fixture
@@ -61,3 +67,28 @@ def script(assistant: Assistant, text: str, at_token: Callable[[int], Any] = lam
         number += 1
 
     base_of(assistant.model).register_forward_hook(speak, with_kwargs=True)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reward model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "rater"
+    make_reward_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scorer(reward_folder: Path) -> Scorer:
+    """The same, open."""
+    config = read_use_config(str(reward_folder), ["cutoff_len=256"], SCORING).config
+    return open_scorer(config.model, config.data)
+
+
+def alone(scorer: Scorer, text: str) -> float:
+    """The score of a templated text by transformers alone."""
+    ids = torch.tensor([scorer.template.tokenizer.encode(text, add_special_tokens=False)])
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base_of(scorer.model.model).name_or_path)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        return float(model.score(hidden[:, -1])[0, 0])

@@ -20,7 +20,7 @@ openai = pytest.importorskip("openai")
 
 from prefkit.config.errors import UserError  # noqa: E402
 from prefkit.data.examples import Message  # noqa: E402
-from prefkit.serve import api  # noqa: E402
+from prefkit.serve import api, http  # noqa: E402
 from prefkit.serve.assistant import Assistant, Sampling  # noqa: E402
 from prefkit.serve.respond import AnswerQueue  # noqa: E402
 from tests.serve.conftest import expected, script  # noqa: E402
@@ -35,7 +35,7 @@ Serve = Callable[..., str]
 def running(assistant: Assistant, **options: Any) -> Iterator[str]:
     """A server in a thread; its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = api.make_server(api.make_app(assistant, GREEDY, **options))
+    server = http.make_server(api.make_app(assistant, GREEDY, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -363,7 +363,7 @@ def test_requests_no_client_sends(serve: Serve, plain: Assistant, monkeypatch: p
     without_length = raw(url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks * 11)
     assert without_length.startswith(b"HTTP/1.1 413 ") and b"more than 1000 bytes" in without_length
     with monkeypatch.context() as patch:
-        patch.setattr(api, "_BODY_SECONDS", 0.1)
+        patch.setattr(http, "_BODY_SECONDS", 0.1)
         assert raw(url, head + b"Content-Length: 9\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
     for request in (
         b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n",
@@ -479,7 +479,7 @@ def test_our_own_errors(serve: Serve, plain: Assistant, caplog: pytest.LogCaptur
 def test_the_server_ends_while_a_request_runs(
     plain: Assistant, queues: list[AnswerQueue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "_SHUTDOWN_SECONDS", 0.1)
+    monkeypatch.setattr(http, "_SHUTDOWN_SECONDS", 0.1)
     begun = threading.Event()
     script(plain, "x", lambda number: (begun.set(), next(iter(queues[0]._jobs))._stop.wait(20)))
     with ThreadPoolExecutor(1) as pool:
@@ -494,11 +494,11 @@ def test_only_loopback_needs_no_token(plain: Assistant) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "", "example.org"):
         with pytest.raises(UserError, match="needs a token"):
             api.serve(plain, GREEDY, host, 0, None)
-        api.check_address(host, "token")
+        http.check_address(host, "token")
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
-        api.check_address(host, None)
+        http.check_address(host, None)
     with pytest.raises(UserError, match="token is empty"):
-        api.check_address("127.0.0.1", " ")
+        http.check_address("127.0.0.1", " ")
 
 
 def test_a_port_that_is_taken(plain: Assistant) -> None:
@@ -516,7 +516,7 @@ def test_serve_says_where(
             listener.close()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api.uvicorn.Server, "run", interrupted)
+    monkeypatch.setattr(http.uvicorn.Server, "run", interrupted)
     api.serve(plain, GREEDY, "127.0.0.1", 0, None)
     said = capsys.readouterr().out
     assert said.startswith("Serving tiny on http://127.0.0.1:") and said.endswith(
@@ -526,6 +526,7 @@ def test_serve_says_where(
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "prefkit.serve.api")
+    for name in ("api", "http"):
+        monkeypatch.delitem(sys.modules, f"prefkit.serve.{name}")
     with pytest.raises(UserError, match=r"pip install 'prefkit\[serve\]'"):
         import prefkit.serve.api  # noqa: F401
