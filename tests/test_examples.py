@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import load_config, load_use_config
-from prefkit.config.uses import EXPORT, TALKING
+from prefkit.config.uses import EXPORT, SCORING, TALKING
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
 
 ROOT = Path(__file__).parent.parent
-USE = ROOT / "examples" / "use.yaml"
-EXAMPLES = sorted({*(ROOT / "examples").glob("*.yaml")} - {USE})
+USE, SCORE = (ROOT / "examples" / name for name in ("use.yaml", "score.yaml"))
+EXAMPLES = sorted({*(ROOT / "examples").glob("*.yaml")} - {USE, SCORE})
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -39,6 +39,11 @@ def test_the_example_of_use_takes_every_verb() -> None:
         loaded = load_use_config(USE, keys, {}, rules)
         assert loaded.config.model.adapter_name_or_path == ("saves/dpo",)
         assert all(warning.startswith("not used here") for warning in loaded.warnings)
+
+
+def test_the_example_of_scoring_takes_every_key() -> None:
+    loaded = load_use_config(SCORE, [], {}, SCORING)
+    assert loaded.config.model.adapter_name_or_path == ("saves/reward",) and not loaded.warnings
 
 
 def test_there_is_one_for_each_loss() -> None:

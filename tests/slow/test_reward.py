@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from prefkit.config import load_config
 from prefkit.runs.report import make_console
@@ -37,8 +41,59 @@ def held_out_accuracy(folder: Path, *overrides: str) -> float:
     return accuracy
 
 
+# Knows nothing of prefkit: scores of templated texts, one a line of JSON, in batches of 4.
+PLAIN = """
+import json, sys, torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+folder, texts = sys.argv[1], json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    folder, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+).eval()
+scores = []
+for start in range(0, len(texts), 4):
+    batch = tokenizer(texts[start:start + 4], padding=True, padding_side="right", add_special_tokens=False,
+                      return_tensors="pt")
+    with torch.no_grad():
+        scores += model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].tolist()
+assert not any(name.startswith("prefkit") for name in sys.modules)
+print(json.dumps(scores))
+"""
+
+
+def check_the_server(folder: Path) -> None:
+    """`prefkit serve` and plain transformers with peft, each a process of its own, give the same scores."""
+    rows = json.loads((ROOT / "data" / "dpo_en_demo_heldout.json").read_text())[:6]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chats = [
+        [{"role": "user", "content": row["conversations"][-1]["value"]},
+         {"role": "assistant", "content": row[side]["value"]}]
+        for row in rows for side in ("chosen", "rejected")
+    ]  # fmt: skip
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    alone = [sys.executable, "-c", PLAIN, str(folder)]
+    printed = subprocess.run(
+        alone, input=json.dumps(texts), capture_output=True, text=True, check=True
+    ).stdout
+    expected = json.loads(printed.splitlines()[-1])
+    command = [sys.executable, "-m", "prefkit", "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = next(line for line in server.stdout if "Serving" in line)
+            address = line.split(" on ")[1].split(";")[0]
+            served = httpx.post(f"{address}/score/evaluation", json={"messages": texts}, timeout=120)
+            templated = httpx.post(f"{address}/rewards", json={"messages": chats}, timeout=120)
+        finally:
+            server.terminate()
+    assert served.json()["scores"] == pytest.approx(expected, abs=1e-5)
+    assert templated.json()["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_held_out_accuracy_and_that_of_flipped_labels(tmp_path: Path) -> None:
     assert held_out_accuracy(tmp_path / "reward") >= 0.9
+    check_the_server(tmp_path / "reward")
     data = swap(tmp_path / "data")
     flipped = ["do_predict=false", f"dataset_dir={data}"]
     assert held_out_accuracy(tmp_path / "flipped", *flipped) <= 0.2
