@@ -12,7 +12,7 @@ from .foreign import FOREIGN, Foreign
 from .key import Key
 from .schema import GROUPS, KEYS
 from .suggest import SYNONYMS, nearest
-from .uses import EXPORT, TALKING
+from .uses import EXPORT, SCORING, TALKING
 
 TRAINING_SENTENCE = "Keys of transformers.TrainingArguments, and warmup_ratio."
 _WIDTH = 88
@@ -27,8 +27,9 @@ def readers(key: Key) -> tuple[str, ...]:
     stages = () if key.group == "export" else key.stages
     is_used = key.group in ("model", "data", "generation", "export")
     talking = ("chat", "api") if is_used and key.name not in TALKING.unused else ()
+    scoring = ("score", "serve") if is_used and key.name not in SCORING.unused else ()
     export = ("export",) if is_used and key.name not in EXPORT.unused else ()
-    return (*stages, *talking, *export)
+    return (*stages, *talking, *scoring, *export)
 
 
 def type_of(key: Key) -> str:

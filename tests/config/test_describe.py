@@ -64,7 +64,8 @@ def test_every_key_can_be_asked_for(name):
 @pytest.mark.parametrize(
     ("name", "who"),
     [
-        ("template", ("dpo", "kto", "rm", "ppo", "chat", "api", "export")),
+        ("template", ("dpo", "kto", "rm", "ppo", "chat", "api", "score", "serve", "export")),
+        ("truncation", ("dpo", "kto", "rm", "ppo", "score", "serve")),
         ("streaming", ("dpo", "kto", "rm", "ppo")),
         ("kto_chosen_weight", ("kto",)),
         ("top_p", ("ppo", "chat", "api")),

@@ -3,7 +3,7 @@
 import pytest
 
 from prefkit.config import ConfigError, dump_yaml, load_use_config
-from prefkit.config.uses import EXPORT, TALKING
+from prefkit.config.uses import EXPORT, SCORING, TALKING
 from tests.config.test_secrets import SECRET
 
 USE = "model_name_or_path: m\ntemplate: t\ntemperature: 0.5\n"
@@ -77,3 +77,22 @@ def test_a_use_does_not_read_what_concerns_training_alone(tmp_path):
     assert loaded.warnings == ("not used here: learning_rate, stage",)
     with pytest.raises(ConfigError, match="did you mean learning_rate"):
         load_use_config(file, ["learning_rat=1"], {}, TALKING)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("quantization_bit=3", "must be 4 or 8"),
+        ("streaming=true", "rows are always read one after the other"),
+    ],
+)
+def test_what_cannot_be_scored_with(given, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_use_config(None, [given], {"model_name_or_path": "m"}, SCORING)
+
+
+def test_scoring_reads_how_rows_are_encoded_and_not_how_text_is_drawn():
+    given = ["truncation=llamafactory", "cutoff_len=64", "dataset_dir=d", "temperature=0.5"]
+    loaded = load_use_config(None, given, {"model_name_or_path": "m"}, SCORING)
+    assert (loaded.config.data.truncation, loaded.config.data.cutoff_len) == ("llamafactory", 64)
+    assert loaded.warnings == ("not used here: temperature",)
