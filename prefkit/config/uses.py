@@ -37,16 +37,19 @@ _TRAINED_WITH = (
     *("batch_layout", "disable_gradient_checkpointing", "moe_aux_loss_coef"),
 )  # fmt: skip
 
+_QUANTIZED = (
+    Check("using_bits", ("quantization_bit",),
+          lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
+    Check("using_adapters", ("quantization_bit", "adapter_name_or_path"),
+          lambda v: is_quantized(v) and len(v.adapter_name_or_path) > 1,
+          "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("using_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
+          lambda v: is_quantized(v) and adds_tokens(v),
+          "the vocabulary of a quantised model cannot be resized, and that of this one was: remove it"),
+)  # fmt: skip
 TALKING = Rules(
     (
-        Check("talking_bits", ("quantization_bit",),
-              lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
-        Check("talking_adapters", ("quantization_bit", "adapter_name_or_path"),
-              lambda v: is_quantized(v) and len(v.adapter_name_or_path) > 1,
-              "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
-        Check("talking_tokens", ("quantization_bit", "resize_vocab", "add_tokens", "add_special_tokens"),
-              lambda v: is_quantized(v) and adds_tokens(v),
-              "the vocabulary of a quantised model cannot be resized, and that of this one was: remove it"),
+        *_QUANTIZED,
         *_REFUSED,
         *_ANSWERED_OTHERWISE,
     ),
@@ -60,10 +63,7 @@ TALKING = Rules(
 )  # fmt: skip
 SCORING = Rules(
     (
-        Check("scoring_bits", ("quantization_bit",),
-              lambda v: v.quantization_bit not in (None, 4, 8), "must be 4 or 8"),
-        Check("scoring_stream", ("streaming",), lambda v: v.streaming,
-              "rows are always read one after the other: remove it"),
+        *_QUANTIZED,
         *_REFUSED,
     ),
     (),
@@ -71,7 +71,7 @@ SCORING = Rules(
     (
         *_keys_of("generation"), *_keys_of("export"), "disable_gradient_checkpointing", "moe_aux_loss_coef",
         *_keys_of("data", "template", "cutoff_len", "default_system", "enable_thinking", "preserve_thinking",
-                  "tool_format", "truncation", "dataset_dir", "streaming"),
+                  "tool_format", "truncation", "dataset_dir"),
     ),
 )  # fmt: skip
 EXPORT = Rules(

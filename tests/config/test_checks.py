@@ -367,9 +367,9 @@ def test_keys_without_effect_share_one_warning_and_off_is_silent(load):
 
 USE_BROKEN = {
     "infer_backend": "infer_backend: vllm",
-    "talking_bits": "quantization_bit: 6",
-    "talking_adapters": "quantization_bit: 4\nadapter_name_or_path: a,b",
-    "talking_tokens": "quantization_bit: 8\nadd_tokens: <x>",
+    "using_bits": "quantization_bit: 6",
+    "using_adapters": "quantization_bit: 4\nadapter_name_or_path: a,b",
+    "using_tokens": "quantization_bit: 8\nadd_tokens: <x>",
     "infer_dtype": "infer_dtype: float16",
     "num_beams": "num_beams: 4",
     "max_length": "max_length: 512",
