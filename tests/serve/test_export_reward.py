@@ -375,6 +375,21 @@ def test_bfloat16_is_measured_and_said(train: Callable[..., Path], tmp_path: Pat
         write(source, tmp_path / "adapter", "dtype=bfloat16", "export_value_head=lora")
 
 
+def test_trained_in_bfloat16_it_is_merged_without_rounding_where_float32_is_asked_for(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = train(dtype="bfloat16")
+    for dtype, name in ((torch.bfloat16, "as-trained"), (torch.float32, "exact")):
+        given = ["dtype=float32"] if name == "exact" else []
+        write(source, tmp_path / name, *given)
+        assert {it.dtype for it in weights(tmp_path / name).values()} == {dtype}
+        assert load_reward_model(tmp_path / name).proof == 0
+    apart = {
+        name: read(tmp_path / name / "prefkit.json")["proof"]["score"] for name in ("as-trained", "exact")
+    }
+    assert apart["exact"] < 1e-5 < 1e-3 < apart["as-trained"]
+
+
 def test_rounding_that_takes_half_of_the_training_is_refused(
     train: Callable[..., Path], tmp_path: Path
 ) -> None:
