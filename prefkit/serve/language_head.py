@@ -38,7 +38,7 @@ def under_language_head(reward: PreTrainedModel, config: UseConfig) -> PreTraine
     language.config = copy.deepcopy(reward.config)
     language.config.update(labels)
     language.tie_weights()
-    return language
+    return language.to(reward.dtype)  # type: ignore[arg-type]
 
 
 def _read_language_model(model: ModelConfig, cutoff_len: int) -> PreTrainedModel:

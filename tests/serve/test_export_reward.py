@@ -207,7 +207,9 @@ def test_a_value_head_beside_an_adapter(train: Callable[..., Path], tmp_path: Pa
     assert again.score_rows([row]) == pytest.approx(trained.score_rows([row]), abs=1e-5)
     assert "library_name: peft" in (folder / "README.md").read_text()
     write(folder, tmp_path / "whole")
-    assert load_reward_model(tmp_path / "whole").score_rows([row]) == pytest.approx(trained.score_rows([row]), abs=1e-5)
+    assert load_reward_model(tmp_path / "whole").score_rows([row]) == pytest.approx(
+        trained.score_rows([row]), abs=1e-5
+    )
 
 
 def test_an_adapter_knows_how_its_base_was_read(train: Callable[..., Path], tmp_path: Path) -> None:
@@ -373,6 +375,21 @@ def test_bfloat16_is_measured_and_said(train: Callable[..., Path], tmp_path: Pat
     assert (model.dtype, model.score.weight.dtype) == (torch.bfloat16, torch.float32)
     with pytest.raises(UserError, match=r"dtype: an adapter is written as it is, upon a base in float32"):
         write(source, tmp_path / "adapter", "dtype=bfloat16", "export_value_head=lora")
+
+
+def test_trained_in_bfloat16_it_is_merged_without_rounding_where_float32_is_asked_for(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = train(dtype="bfloat16")
+    for dtype, name in ((torch.bfloat16, "as-trained"), (torch.float32, "exact")):
+        given = ["dtype=float32"] if name == "exact" else []
+        write(source, tmp_path / name, *given)
+        assert {it.dtype for it in weights(tmp_path / name).values()} == {dtype}
+        assert load_reward_model(tmp_path / name).proof == 0
+    apart = {
+        name: read(tmp_path / name / "prefkit.json")["proof"]["score"] for name in ("as-trained", "exact")
+    }
+    assert apart["exact"] < 1e-5 < 1e-3 < apart["as-trained"]
 
 
 def test_rounding_that_takes_half_of_the_training_is_refused(
