@@ -13,10 +13,11 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, RunConfig
 from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of
-from prefkit.model.architecture import read_architecture
+from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.attention import use_shared_prompts
 from prefkit.model.load import fit_vocabulary, load_causal_lm
-from prefkit.model.policy import attach_logps_forward, has_router_loss
+from prefkit.model.partners import judged_logps
+from prefkit.model.policy import LogpsOf, attach_logps_forward, has_router_loss, response_logps
 from prefkit.model.probe import verify
 from prefkit.model.reward import attach_scores_forward, check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import verify_scores
@@ -24,7 +25,12 @@ from prefkit.model.tuning import prepare_for_training
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
 Say = Callable[[str], None]
 
@@ -106,6 +112,15 @@ def prepare_for_batches(base: PreTrainedModel, config: ModelConfig, cutoff_len: 
         raise UserError(f"moe_aux_loss_coef: {architecture.name} has no load-balancing loss: remove the key")
     attach_logps_forward(base, architecture, router_loss=bool(config.moe_aux_loss_coef))
     return layout
+
+
+def choose_policy_logps(config: RunConfig, model_config: PretrainedConfig) -> LogpsOf:
+    """What computes the log-probs of the policy in a step: for `stage: kto`, partners without gradient.
+
+    Where log-probs depend on the batch they are computed in, policy and reference need the same one.
+    """
+    apart = config.method.stage == "kto" and not batch_dependence(model_config, config.data.cutoff_len)
+    return judged_logps if apart else response_logps
 
 
 def _tell_weights(policy: Policy, say: Say) -> None:
