@@ -68,8 +68,8 @@ def make_config(keys: dict[str, Any], scratch: Path) -> RunConfig:
     return load_config(file).config
 
 
-def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int) -> MicroStep:
-    """Micro-batches of `rows` of the examples, and of the set that the config names where there are none."""
+def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int, batches: int) -> MicroStep:
+    """Up to `batches` micro-batches of `rows` of the examples, or of the set that the config names."""
     args = make_training_arguments(config)
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
@@ -91,11 +91,11 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
     policy.model.train()
     if args.activation_checkpointing:
         base_of(policy.model).activation_checkpointing_enable({"use_reentrant": False})
-    batches = [
+    packed = [
         pack([examples[n] for n in range(start, start + rows)], policy.layout).to_dict()
-        for start in range(0, len(examples), rows)
+        for start in range(0, len(examples), rows)[:batches]
     ]
-    return MicroStep(policy.model, build_stage(config, policy, reference, starts_here=False), batches)
+    return MicroStep(policy.model, build_stage(config, policy, reference, starts_here=False), packed)
 
 
 def random_examples(number: int, prompt: int, stage: str, seed: int = 0) -> list[TokenizedExample]:

@@ -4,9 +4,10 @@
 - `own forward`: without gradient, in a batch of their own with their prompts.
 - `read on`: without gradient, from keys and values of the prompts that the judged responses leave.
 
-prefkit (`judged_logps`) does the last in the layout `shared`, and the second in `repeat`. Rows are random token
-ids; the reference reads response and partner in one row. Seconds are CPU time of one thread, medians over
-`--repeats` rounds in turns; MB are what torch's allocator had given out at most beyond what was there before.
+prefkit (`judged_logps`) does the last in the layout `shared`, and the second in `repeat`. Rows are random
+token ids; the reference reads response and partner in one row. Seconds are CPU time of one thread, medians
+over `--repeats` rounds in turns; MB are what torch's allocator had given out at most beyond what was there
+before.
 
     python benchmarks/partner_logps.py [--rows 2] [--repeats 5]
 """
@@ -95,9 +96,8 @@ def main() -> None:
             "disable_gradient_checkpointing": not checkpointing,
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
-            step = make_step(
-                make_config(keys, Path(scratch)), random_examples(args.rows, prompt, "kto"), args.rows
-            )
+            examples = random_examples(args.rows, prompt, "kto")
+            step = make_step(make_config(keys, Path(scratch)), examples, args.rows, batches=1)
         name = f"{layout}, {tuning}, {'checkpointing, ' if checkpointing else ''}prompts of {prompt}"
         results[name] = measure(step, WAYS[layout], args.repeats)
         print(name, json.dumps(results[name]), flush=True)

@@ -56,10 +56,16 @@ class PromptStates:
         self._layers: dict[nn.Module, tuple[Tensor, Tensor] | None] = {}
 
     def keep(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep what a layer has of the prompts, once: activation checkpointing computes it again."""
+        """Keep what a layer has of the prompts. What activation checkpointing computes again in the backward,
+        after it was read, is not kept again.
+
+        Raises `RuntimeError` for two layers that are one module.
+        """
         if layer not in self._layers:
             index = torch.tensor(self.places, device=key.device)
             self._layers[layer] = key.detach()[:, :, index], value.detach()[:, :, index]
+        elif self._layers[layer] is not None:
+            raise RuntimeError("two layers share an attention module: their keys cannot be told apart")
         return key, value
 
     def read(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,13 @@ def test_keys_of_prompts_are_read_once_and_let_go(
         states.read(next(iter(states._layers)), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
 
 
+def test_layers_that_are_one_module_are_refused() -> None:
+    states, layer = PromptStates(((0, 2, ((2, 3),)),)), torch.nn.Module()
+    states.keep(layer, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
+    with pytest.raises(RuntimeError, match="share an attention module"):
+        states.keep(layer, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
+
+
 def test_the_router_loss_leaves_partners_out() -> None:
     model = make_routed("mixtral")
     assert LOCAL_EXPERTS.items() <= SHARING["mixtral"].items()
