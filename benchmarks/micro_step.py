@@ -98,9 +98,9 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
     return MicroStep(policy.model, build_stage(config, policy, reference, starts_here=False), packed)
 
 
-def random_examples(number: int, prompt: int, stage: str, seed: int = 0) -> list[TokenizedExample]:
-    """Rows of random token ids: a prompt of `prompt` tokens with two responses of 100 to 200."""
-    draw = random.Random(seed)
+def random_examples(number: int, prompt: int, stage: str) -> list[TokenizedExample]:
+    """Rows of random token ids: a prompt of `prompt` tokens with two responses of 150."""
+    draw = random.Random(0)
 
     def ids(many: int) -> list[int]:
         return [draw.randrange(1000, 40_000) for _ in range(many)]
@@ -109,10 +109,7 @@ def random_examples(number: int, prompt: int, stage: str, seed: int = 0) -> list
     if stage == "kto":
         facts = {"pairs": (), "labels": ("desirable", "partner")}
     return [
-        TokenizedExample(
-            ids(prompt), [ids(draw.randint(100, 200)), ids(draw.randint(100, 200))], source=f"f:{n}", **facts
-        )
-        for n in range(number)
+        TokenizedExample(ids(prompt), [ids(150), ids(150)], source=f"f:{n}", **facts) for n in range(number)
     ]
 
 

@@ -5,11 +5,11 @@
 - `read on`: without gradient, from keys and values of the prompts that the judged responses leave.
 
 prefkit (`judged_logps`) does the last in the layout `shared`, and the second in `repeat`. Rows are random
-token ids; the reference reads response and partner in one row. Seconds are CPU time of one thread, medians
-over `--repeats` rounds in turns; MB are what torch's allocator had given out at most beyond what was there
-before.
+token ids, with responses of 150; the reference reads response and partner in one row. Seconds are CPU time of
+one thread, medians over `--repeats` rounds in turns; MB are what torch's allocator had given out at most beyond
+what was there before.
 
-    python benchmarks/partner_logps.py [--rows 2] [--repeats 5]
+    python benchmarks/partner_logps.py [--rows 1] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def measure(step: MicroStep, ways: dict[str, LogpsOf], repeats: int) -> dict[str
 def main() -> None:
     """Measure all cases, print them and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "partner_logps.json")
     args = parser.parse_args()
