@@ -6,8 +6,8 @@
 
 prefkit (`judged_logps`) does the last in the layout `shared`, and the second in `repeat`. Rows are random
 token ids, with responses of 150; the reference reads response and partner in one row. Seconds are CPU time of
-one thread, medians over `--repeats` rounds in turns; MB are what torch's allocator had given out at most beyond
-what was there before.
+one thread, medians over `--repeats` rounds in turns; MB are what torch's allocator had given out at most
+beyond what was there before.
 
     python benchmarks/partner_logps.py [--rows 1] [--repeats 5]
 """
