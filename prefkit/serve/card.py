@@ -55,7 +55,8 @@ SCORING_BY_VALUE_HEAD = {
     from peft import AutoPeftModelForCausalLM
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
-    model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder").base_model.model.base_model
+    model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+    model = model.base_model.model.base_model
     {_HEAD_IN_TORCH}""",
 }
 

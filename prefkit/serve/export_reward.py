@@ -246,6 +246,8 @@ def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | N
     record["export_value_head"] = form
     record["usage"] = usage_of(config, is_adapter=form == "lora", scores=True)
     code = SCORING if form is None else SCORING_BY_VALUE_HEAD[form]
+    if form == "lora":  # its base is not of this folder, nor in the number format of the training
+        code = code.replace('dtype="auto"', f'dtype="{config.model.dtype}"')
     more = {"proof": f"scores of probe rows within {apart:.1e} of those before"}
     if form is not None:
         more["in LLaMA-Factory"] = f"`reward_model: path/to/this/folder`, `reward_model_type: {form}`"
