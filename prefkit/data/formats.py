@@ -160,17 +160,12 @@ def _answered(row: Row, layout: RowFormat) -> tuple[list[Message], Message]:
 def _read_scored(row: Row, layout: RowFormat) -> Parts:
     """A prompt and whatever responses the row has: a list, chosen and rejected, or one. They may be equal."""
     answers: dict[Label, list[Message]]
-    if layout.formatting == "hh":
-        chosen, rejected = (_hh_turns(row, layout, name) for name in ("chosen", "rejected"))
-        if chosen[:-1] != rejected[:-1]:
-            raise Degenerate("chosen and rejected part before the last turn")
-        prompt, answers = chosen[:-1], {"chosen": chosen[-1:], "rejected": rejected[-1:]}
-    elif "responses" in layout.columns or ("responses" in row and "chosen" not in row):
+    if _has_list(row, layout):
         prompt, turns = _listed(row, layout)
         answers = {"ranked": turns}
-    elif layout.required("chosen") in row:
-        prompt, chosen_turn, rejected_turn = _compared(row, layout)
-        answers = {"chosen": [chosen_turn], "rejected": [rejected_turn]}
+    elif layout.formatting == "hh" or layout.required("chosen") in row:
+        prompt, chosen, rejected = _compared(row, layout)
+        answers = {"chosen": [chosen], "rejected": [rejected]}
     else:
         prompt, answer = _answered(row, layout)
         answers = {"scored": [answer]}
@@ -184,16 +179,23 @@ def _read_scored(row: Row, layout: RowFormat) -> Parts:
 
 def _read_ranked(row: Row, layout: RowFormat) -> Parts:
     """A prompt with a better and a worse response, or with a list of ranked ones."""
-    if layout.formatting == "hh":
-        return _read_hh(row, layout)
-    if "responses" in layout.columns or ("responses" in row and "chosen" not in row):
+    if _has_list(row, layout):
         return _read_list(row, layout)
     prompt, chosen, rejected = _compared(row, layout)
     return prompt, *_make_pair(chosen, rejected, row, layout)
 
 
+def _has_list(row: Row, layout: RowFormat) -> bool:
+    """Whether a row has a list of responses instead of two."""
+    if layout.formatting == "hh":
+        return False
+    return "responses" in layout.columns or ("responses" in row and "chosen" not in row)
+
+
 def _compared(row: Row, layout: RowFormat) -> tuple[list[Message], Message, Message]:
     """A prompt, the chosen response and the rejected one."""
+    if layout.formatting == "hh":
+        return _compared_hh(row, layout)
     columns = [layout.required(name) for name in ("chosen", "rejected")]
     answers = [_answer_turns(row, column, layout) for column in columns]
     implicit = layout.formatting == "trl" and row.get(layout.required("prompt")) is None
@@ -202,12 +204,12 @@ def _compared(row: Row, layout: RowFormat) -> tuple[list[Message], Message, Mess
     return prompt, chosen, rejected
 
 
-def _read_hh(row: Row, layout: RowFormat) -> Parts:
-    """Two whole conversations that part at the last turn."""
+def _compared_hh(row: Row, layout: RowFormat) -> tuple[list[Message], Message, Message]:
+    """The same from two whole conversations that part at the last turn."""
     chosen, rejected = (_hh_turns(row, layout, name) for name in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Degenerate("chosen and rejected part before the last turn")
-    return chosen[:-1], *_make_pair(chosen[-1], rejected[-1], row, layout)
+    return chosen[:-1], chosen[-1], rejected[-1]
 
 
 def _read_list(row: Row, layout: RowFormat) -> Parts:

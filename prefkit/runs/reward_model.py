@@ -23,8 +23,8 @@ def load_reward_model(folder: str | Path) -> RewardModel:
 
     Its scores are compared with those saved beside it. Base, adapters below and number format are those of
     the run's config or of the export's record; without one they are the adapter's base, and what the weights
-    are stored in. Raises
-    `ModelError` for a folder of no reward model, and for another than the one that was saved.
+    are stored in. Raises `ModelError` for a folder of no reward model, and for another than the one that was
+    saved.
     """
     path = Path(folder).expanduser()
     if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):

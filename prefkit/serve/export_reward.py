@@ -204,7 +204,7 @@ def _compare(
         written.model.float()
     read = [_scores(written.model, before.rows, written.offset)]
     if form is None:
-        read.append(_plain_scores(written.model, before.rows))
+        read.append(_scores_of_transformers(written.model, before.rows))
     apart = max(score_distance(before.scores, scores) for scores in read)
     exact = _TOLERANCE["float32"]
     tolerance = _TOLERANCE[probe.dtype]
@@ -226,7 +226,7 @@ def _compare(
 
 
 @torch.no_grad()
-def _plain_scores(model: nn.Module, rows: list[list[int]]) -> list[float]:
+def _scores_of_transformers(model: nn.Module, rows: list[list[int]]) -> list[float]:
     """What transformers itself reads in one batch, padded with the token of the model's config."""
     config: Any = model.config
     pad = config.get_text_config().pad_token_id

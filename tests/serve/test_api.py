@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
@@ -24,6 +23,7 @@ from prefkit.serve import api, http  # noqa: E402
 from prefkit.serve.assistant import Assistant, Sampling  # noqa: E402
 from prefkit.serve.respond import AnswerQueue  # noqa: E402
 from tests.serve.conftest import expected, script  # noqa: E402
+from tests.serve.serving import eventually, running_app  # noqa: E402
 
 GREEDY = Sampling(do_sample=False, max_new_tokens=200)
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -31,27 +31,9 @@ CHAT = "/v1/chat/completions"
 Serve = Callable[..., str]
 
 
-@contextlib.contextmanager
-def running(assistant: Assistant, **options: Any) -> Iterator[str]:
+def running(assistant: Assistant, **options: Any) -> contextlib.AbstractContextManager[str]:
     """A server in a thread; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = http.make_server(api.make_app(assistant, GREEDY, **options))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
-def eventually(is_so: Callable[[], Any]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    return running_app(api.make_app(assistant, GREEDY, **options))
 
 
 @pytest.fixture

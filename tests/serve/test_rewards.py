@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,28 +16,18 @@ httpx = pytest.importorskip("httpx")
 
 from prefkit.data.examples import Message  # noqa: E402
 from prefkit.model.scorer import Scorer  # noqa: E402
-from prefkit.serve import http, rewards  # noqa: E402
+from prefkit.serve import rewards  # noqa: E402
 from tests.serve.conftest import alone  # noqa: E402
-from tests.serve.test_api import eventually  # noqa: E402
+from tests.serve.serving import eventually, running_app  # noqa: E402
 
 TEXTS, CHATS = "/v1/score/evaluation", "/v1/rewards"
 ASK = {"role": "user", "content": "Say one"}
 CHAT = [ASK, {"role": "assistant", "content": "one"}]
 
 
-@contextlib.contextmanager
-def running(scorer: Scorer, **options: Any) -> Iterator[str]:
+def running(scorer: Scorer, **options: Any) -> contextlib.AbstractContextManager[str]:
     """A server in a thread; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = http.make_server(rewards.make_app(scorer, **options))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    return running_app(rewards.make_app(scorer, **options))
 
 
 @pytest.fixture(scope="module")

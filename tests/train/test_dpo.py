@@ -12,6 +12,7 @@ from prefkit.objectives.logps import ResponseLogps, sum_by_response
 from prefkit.train import dpo
 from prefkit.train.dpo import DpoStage
 from prefkit.train.stages import IdentityError
+from tests.train.given import GivenReference
 
 # Two pairs: response tokens 0-1 | 2 | 3 | 4-6, pairs (0, 1) and (2, 3).
 OWNER = torch.tensor([0, 0, 1, 2, 3, 3, 3])
@@ -25,20 +26,10 @@ BATCH: dict[str, Any] = {
 }
 
 
-class GivenReference:
-    is_initial_policy = False
-
-    def describe(self) -> str:
-        return "given by hand"
-
-    def logps(self, model: Any, batch: Any) -> ResponseLogps:
-        return sum_by_response(REFERENCE, OWNER, 4)
-
-
 def compute(monkeypatch: pytest.MonkeyPatch, **method: Any) -> tuple[DpoStage, Any]:
     monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
     config = MethodConfig(stage="dpo", **method)
-    stage = DpoStage(config, GivenReference(), torch.float32)
+    stage = DpoStage(config, GivenReference(REFERENCE, OWNER), torch.float32)
     return stage, stage.compute(torch.nn.Module(), BATCH)
 
 
@@ -124,7 +115,7 @@ def test_a_reference_free_loss_reads_none(monkeypatch) -> None:
 
 def test_identity_is_checked_once_and_named(monkeypatch) -> None:
     monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
-    stage = DpoStage(MethodConfig(stage="dpo"), GivenReference(), torch.float32)
+    stage = DpoStage(MethodConfig(stage="dpo"), GivenReference(REFERENCE, OWNER), torch.float32)
     stage.expects_identity = True
     with pytest.raises(IdentityError, match=r"f:1, f:2.*given by hand"):
         stage.compute(torch.nn.Module(), BATCH)
@@ -132,7 +123,9 @@ def test_identity_is_checked_once_and_named(monkeypatch) -> None:
 
 def test_a_loss_that_does_not_start_at_its_own_value_is_found(monkeypatch) -> None:
     monkeypatch.setattr(dpo, "response_logps", lambda model, batch: sum_by_response(REFERENCE, OWNER, 4))
-    stage = DpoStage(MethodConfig(stage="dpo", pref_loss="hinge"), GivenReference(), torch.float32)
+    stage = DpoStage(
+        MethodConfig(stage="dpo", pref_loss="hinge"), GivenReference(REFERENCE, OWNER), torch.float32
+    )
     stage.expects_identity = True
     assert stage.compute(torch.nn.Module(), BATCH).losses.tolist() == [1.0, 1.0]
     stage.expects_identity = True

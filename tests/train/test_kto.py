@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,8 @@ from prefkit.data.packing import Layout, pack
 from prefkit.data.readers import DataError
 from prefkit.data.splitting import split
 from prefkit.model import partners
-from prefkit.model.architecture import read_architecture
-from prefkit.model.attention import use_shared_prompts
 from prefkit.model.partners import judged_logps
-from prefkit.model.policy import attach_logps_forward, response_logps
-from prefkit.model.reference import FrozenModel
+from prefkit.model.policy import response_logps
 from prefkit.objectives.kto import kto_loss
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 from prefkit.train import policy
@@ -31,6 +26,7 @@ from prefkit.train.kto import KtoStage
 from prefkit.train.stages import IdentityError
 from tests.conftest import make_model, make_tokenizer
 from tests.train.forks import forks, run_in_two
+from tests.train.given import GivenReference, model_and_reference
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
 # Response, partner, response, partner: tokens 0-1 | 2 | 3 | 4-5.
@@ -44,22 +40,14 @@ BATCH: dict[str, Any] = {
 }
 
 
-class GivenReference:
-    is_initial_policy = False
-
-    def describe(self) -> str:
-        return "given by hand"
-
-    def logps(self, model: Any, batch: Any) -> ResponseLogps:
-        return sum_by_response(REFERENCE, OWNER, 4)
-
-
 def given_policy(model: Any, batch: Any) -> ResponseLogps:
     return sum_by_response(POLICY, OWNER, 4)
 
 
 def compute(gather: Any = None, **method: Any) -> Any:
-    stage = KtoStage(MethodConfig(stage="kto", **method), GivenReference(), given_policy, torch.float32)
+    stage = KtoStage(
+        MethodConfig(stage="kto", **method), GivenReference(REFERENCE, OWNER), given_policy, torch.float32
+    )
     stage.gather = gather or stage.gather
     return stage.compute(torch.nn.Module(), BATCH)
 
@@ -96,7 +84,7 @@ def test_the_kl_is_of_the_partners_of_all_ranks() -> None:
 
 
 def test_identity_is_checked() -> None:
-    stage = KtoStage(MethodConfig(stage="kto"), GivenReference(), given_policy, torch.float32)
+    stage = KtoStage(MethodConfig(stage="kto"), GivenReference(REFERENCE, OWNER), given_policy, torch.float32)
     stage.expects_identity = True
     with pytest.raises(IdentityError, match=r"f:1, f:2.*given by hand"):
         stage.compute(torch.nn.Module(), BATCH)
@@ -106,15 +94,7 @@ def test_identity_is_checked() -> None:
 
 
 def make_stage(layout: Layout) -> tuple[KtoStage, Any]:
-    model = make_model()
-    if layout == "shared":
-        use_shared_prompts(model, "auto")
-    attach_logps_forward(model, read_architecture(model.config))
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    reference = FrozenModel(other, "other", False, nullcontext)
+    model, reference = model_and_reference(layout, 1.1)
     return KtoStage(MethodConfig(stage="kto"), reference, judged_logps, torch.float32), model
 
 

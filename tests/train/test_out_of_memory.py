@@ -8,7 +8,6 @@ import random
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +19,7 @@ from transformers import PrinterCallback
 from prefkit.config import load_config
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
-from prefkit.model.architecture import read_architecture
-from prefkit.model.attention import use_shared_prompts
-from prefkit.model.policy import attach_logps_forward
-from prefkit.model.reference import FrozenModel
+from prefkit.data.packing import Layout
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.train import dpo
 from prefkit.train.arguments import make_training_arguments
@@ -31,7 +27,7 @@ from prefkit.train.dpo import DpoStage
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.signals import StopSignals
 from prefkit.train.trainer import PrefTrainer
-from tests.conftest import make_model
+from tests.train.given import model_and_reference
 from tests.train.runs import read, run, same, torchrun, unfinish
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -47,18 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Run:
     """A trainer of the tiny model, all weights trained, two micro-batches of up to four rows a step."""
 
-    def __init__(self, config: Path, layout: str = "shared") -> None:
+    def __init__(self, config: Path, layout: Layout = "shared") -> None:
         self.config = load_config(config).config
         args = make_training_arguments(self.config)
-        model = make_model()
-        if layout == "shared":
-            use_shared_prompts(model, "auto")
-        attach_logps_forward(model, read_architecture(model.config))
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for weights in other.parameters():
-                weights.mul_(0.9)
-        reference = FrozenModel(other, "other", False, nullcontext)
+        model, reference = model_and_reference(layout, 0.9)
         self.examples = make_examples(7, several=self.config.method.ld_alpha is None)
         self.held_out = make_examples(7, several=False)
         data: Any = SimpleNamespace(train=self.examples, held_out=self.held_out, held_out_parts={})
