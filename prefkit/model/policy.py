@@ -6,6 +6,7 @@ FSDP see an ordinary call. Without a packed batch the model behaves as before.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +41,7 @@ def attach_logps_forward(
     if router_loss and not has_router_loss(model):
         raise ValueError(f"{architecture.name} has no load-balancing loss of its experts")
     if architecture.logits is None:
-        model.forward = MethodType(partial(_own_forward, router_loss=router_loss), model)
+        _replace_forward(model, partial(_own_forward, router_loss=router_loss))
         return
     head = model.get_output_embeddings()
     # Not a captured bound method: a copy of the model must call its own class's forward.
@@ -53,7 +54,14 @@ def attach_logps_forward(
         head,
     )
     balance = _load_balancing(model) if router_loss else None
-    model.forward = MethodType(partial(_chunked_forward, balance=balance), model)
+    _replace_forward(model, partial(_chunked_forward, balance=balance))
+
+
+def _replace_forward(model: PreTrainedModel, forward: partial[Any]) -> None:
+    # `generate` looks at the signature for what the model takes: without position ids in it, a padded prompt
+    # would have other positions than an unpadded one.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = MethodType(forward, model)
 
 
 def has_router_loss(model: PreTrainedModel) -> bool:
