@@ -144,7 +144,10 @@ class RewardConfig:
         60.0, "Seconds that a server of scores may take for a request.", above=0, stages=("ppo",)
     )
     reward_retries: int = key(
-        5, "How often a request to a server of scores is sent again where it may help.", minimum=0, stages=("ppo",)
+        5,
+        "How often a request to a server of scores is sent again where it may help.",
+        minimum=0,
+        stages=("ppo",),
     )
     reward_model_quantization_bit: int | None = key(
         None, "Bits of the weights of reward_model: 4 or 8.", minimum=4, maximum=8, stages=("ppo",)

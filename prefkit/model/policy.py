@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from prefkit.config.errors import UserError
 from prefkit.model.architecture import Architecture
-from prefkit.objectives.head import LogitTransform, chunk_size, frozen_token_logps, token_logps
+from prefkit.model.value import values_at
+from prefkit.objectives.head import (
+    LogitTransform,
+    chunk_size,
+    frozen_token_logps,
+    token_entropies,
+    token_logps,
+)
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
 # What the model's forward takes of a packed batch.
@@ -81,6 +88,7 @@ def _chunked_forward(
     source: Tensor | None = None,
     target: Tensor | None = None,
     balance: Callable[..., Tensor] | None = None,
+    entropies: bool = False,
     **kwargs: Any,
 ) -> Any:
     if source is None:
@@ -93,6 +101,10 @@ def _chunked_forward(
     # One call of the head for the whole batch: ZeRO-3 gathers its weights once, however many chunks.
     hidden = output.last_hidden_state.flatten(0, 1)[source]
     found = {"token_logps": self.get_output_embeddings()(hidden, target)}
+    if (values := values_at(self, hidden)) is not None:
+        found["values"] = values
+    if entropies:
+        found["entropies"] = self.get_output_embeddings()(hidden, target, entropies=True)
     if balance is not None:
         mask = kwargs.get("attention_mask")
         loss = balance(output.router_logits, self.num_experts, self.num_experts_per_tok, mask)
@@ -113,6 +125,7 @@ def _head_forward(
     self: nn.Module,
     hidden: Tensor,
     target: Tensor | None = None,
+    entropies: bool = False,
     *,
     transform: LogitTransform,
     vocabulary: int,
@@ -122,6 +135,8 @@ def _head_forward(
         logits: Tensor = plain(hidden)
         return logits
     chunk = chunk_size(vocabulary, hidden.device)
+    if entropies:
+        return token_entropies(plain, hidden, transform, chunk)
     if type(self) is nn.Linear and not any(parameter.requires_grad for parameter in self.parameters()):
         return frozen_token_logps(self.weight, self.bias, hidden, target, transform, chunk)
     return token_logps(plain, hidden, target, transform, chunk)
@@ -152,15 +167,22 @@ def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def response_logps(model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
-    """Log-probs of the responses in a packed batch (`PackedBatch.to_dict()`) under the model.
+def response_logps(model: nn.Module, batch: dict[str, Any], entropies: bool = False) -> ResponseLogps:
+    """Log-probs of the responses in a packed batch (`PackedBatch.to_dict()`) under the model, with the
+    entropy before each token if that is asked for.
 
     Raises `TypeError` when something on the way took precision from them: they are fp32 whatever the
     model's dtype.
     """
-    found: dict[str, Tensor] = model(**{key: batch[key] for key in _FORWARD_KEYS})
+    more = {"entropies": True} if entropies else {}
+    found: dict[str, Tensor] = model(**{key: batch[key] for key in _FORWARD_KEYS}, **more)
     token_logps = found["token_logps"]
     if token_logps.dtype != torch.float32:
         raise TypeError(f"log-probs arrived as {token_logps.dtype}; a wrapper cast the model's output")
     responses = sum_by_response(token_logps, batch["owner"], batch["num_responses"])
-    return replace(responses, router_loss=found.get("router_loss"))
+    return replace(
+        responses,
+        router_loss=found.get("router_loss"),
+        values=found.get("values"),
+        entropies=found.get("entropies"),
+    )

@@ -29,6 +29,8 @@ _LOG_KEYS = {
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
     "kl": "kl",
+    "reward": "ppo/score",
+    "ppo_kl": "ppo/kl",
     "lr": "learning_rate",
     "epoch": "epoch",
 }
@@ -38,6 +40,8 @@ _EVALUATED = {
     "eval_auc": "rewards/auc",
     "eval_margin": "rewards/margins",
     "eval_kl": "kl",
+    "eval_score": "score",
+    "eval_response_length": "response_length",
 }
 
 
@@ -108,7 +112,7 @@ def _numbers_of(logs: dict[str, float]) -> dict[str, Any]:
         line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
         if name := prefix.removeprefix("eval_").removesuffix("_"):
             line["eval_dataset"] = name
-    return line if line.keys() & {"loss", "eval_loss"} else {}
+    return line if line.keys() & {"loss", "eval_loss", "eval_score"} else {}
 
 
 def _keep_lines(file: Path, last_step: int, number: int | None = None) -> None:
@@ -193,6 +197,9 @@ def _numbers(values: dict[str, float], prefix: str = "") -> str:
         "accuracy": "rewards/accuracies",
         "auc": "rewards/auc",
         "kl": "kl",
+        "score": "ppo/score" if not prefix else "score",
+        "KL": "ppo/kl",
+        "length": "ppo/response_length" if not prefix else "response_length",
     }
     shown = {label: values.get(prefix + name) for label, name in names.items()}
     return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)
