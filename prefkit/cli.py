@@ -126,8 +126,7 @@ def export(
 
     console = make_console()
     console.print(f"Loading {config.model.model_name_or_path} ...")
-    folder = run(config, console.print)
-    console.print(f"Written to {folder}; `prefkit chat {folder}` talks to it.")
+    run(config, console.print)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

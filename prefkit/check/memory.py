@@ -23,6 +23,7 @@ from prefkit.check.models import Models
 from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
+from prefkit.data.partners import without_partner
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -83,12 +84,14 @@ def largest_batch(
 ) -> list[TokenizedExample]:
     """The `number` examples that take most room together: the micro-batch that sets the peak.
 
+    Partners do not count: they leave nothing for the backward.
+
     >>> from prefkit.data.examples import Pair
     >>> short, long = (TokenizedExample([1], [[2] * n, [3]], (Pair(0, 1),), f"f:{n}") for n in (1, 9))
     >>> [row.source for row in largest_batch([short, long], 1, "shared")]
     ['f:9']
     """
-    return heapq.nlargest(number, examples, key=lambda example: batch_tokens([example], layout))
+    return heapq.nlargest(number, examples, key=lambda row: batch_tokens([without_partner(row)], layout))
 
 
 def batch_tokens(examples: Sequence[TokenizedExample], layout: Layout) -> int:

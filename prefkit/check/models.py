@@ -22,6 +22,7 @@ from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
 from prefkit.model.tuning import prepare_for_training
+from prefkit.train.policy import choose_policy_logps
 from prefkit.train.references import needs_reference, wants_cache
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
     sizes["optimiser"] = optimiser_bytes(args, policy) if args.do_train else 0
     rehearsal = Rehearsal(
         policy,
+        choose_policy_logps(config, base.config),
         second,
         reads_reference=needs and (is_adapter or second is not None),
         dtype=(torch.bfloat16 if args.bf16 else torch.float16) if mixed else None,

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import forget_masks
-from prefkit.model.policy import response_logps
+from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.reward import is_reward_model, response_scores
 
 Batch = dict[str, Any]
@@ -156,10 +156,12 @@ class Rehearsal:
     """The models of a step, on the meta device, and how it runs.
 
     `reference` is None where the policy with its adapter off is it, or where nothing is computed;
-    `reads_reference` says that its forward happens in the step. `dtype` is that of mixed precision.
+    `policy_logps` computes the policy's log-probs; `reads_reference` says that the forward of the reference
+    happens in the step. `dtype` is that of mixed precision.
     """
 
     policy: nn.Module
+    policy_logps: LogpsOf
     reference: nn.Module | None
     reads_reference: bool
     dtype: torch.dtype | None
@@ -193,7 +195,7 @@ class Rehearsal:
             if is_reward_model(base_of(policy)):
                 logps = response_scores(policy, batch)
             else:
-                logps = response_logps(policy, batch).logps
+                logps = self.policy_logps(policy, batch).logps
         if self.reads_reference:
             model = policy if second is None else second
             off = policy.disable_adapter() if second is None else nullcontext()

@@ -274,6 +274,12 @@ class ExportConfig:
     export_device: str = key(
         "cpu", "Where adapters are merged; auto takes an accelerator.", choices=("cpu", "auto")
     )
+    export_value_head: str | None = key(
+        None,
+        "Write a reward model as LLaMA-Factory reads it by this reward_model_type: a merged language model "
+        "(full), or the adapter alone (lora), with value_head.safetensors beside it.",
+        choices=("full", "lora"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

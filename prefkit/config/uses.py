@@ -89,6 +89,6 @@ EXPORT = Rules(
         *_REFUSED,
     ),
     (),
-    (),
+    (Needs("export_size", lambda v: v.export_value_head != "lora", "a merged model"),),
     (*_TRAINED_WITH, *_keys_of("generation"), "quantization_type", "double_quantization"),
 )  # fmt: skip

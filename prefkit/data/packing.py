@@ -36,8 +36,9 @@ class PackedBatch:
     (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
     first token of every response. `pairs` (M, 2) has the index of chosen and rejected, `margins` and
     `weights` (M,) what the data says of each pair. Of each example, `rows` has its name as `file:row`,
-    `keys` the hash of its token ids, `num_targets` its response tokens, `response_counts` and `pair_counts`
-    how many of the N and M are its. `labels` (N,) say how each response was judged, where the data does.
+    `keys` the hash of its token ids, `prompt_lengths` the tokens of its prompt, `response_counts` and
+    `pair_counts` how many of the N and M are its. Of each response, `response_lengths` (N,) has its tokens
+    and `labels` (N,) how it was judged, where the data says so.
     """
 
     input_ids: Tensor
@@ -53,7 +54,8 @@ class PackedBatch:
     weights: Tensor
     rows: tuple[str, ...]
     keys: tuple[str, ...]
-    num_targets: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
     response_counts: tuple[int, ...]
     pair_counts: tuple[int, ...]
     labels: tuple[Label, ...]
@@ -94,7 +96,8 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         weights=torch.tensor([pair.weight for example in examples for pair in example.pairs]),
         rows=tuple(example.source for example in examples),
         keys=tuple(example.key for example in examples),
-        num_targets=tuple(sum(map(len, example.response_ids)) for example in examples),
+        prompt_lengths=tuple(len(example.prompt_ids) for example in examples),
+        response_lengths=tuple(len(ids) for example in examples for ids in example.response_ids),
         response_counts=tuple(len(example.response_ids) for example in examples),
         pair_counts=tuple(len(example.pairs) for example in examples),
         labels=tuple(label for example in examples for label in example.labels),
@@ -126,8 +129,17 @@ def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
     >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (0, 0)})
     ['f:1', 'f:2']
     """
-    counts = batch["num_targets"] if DRAWN in batch else [max(count, 1) for count in batch["pair_counts"]]
-    return [row for row, count in zip(batch["rows"], counts, strict=True) for _ in range(count)]
+    if DRAWN in batch:
+        names = (
+            row
+            for row, count in zip(batch["rows"], batch["response_counts"], strict=True)
+            for _ in range(count)
+        )
+        return [
+            row for row, count in zip(names, batch["response_lengths"], strict=True) for _ in range(count)
+        ]
+    counted = zip(batch["rows"], batch["pair_counts"], strict=True)
+    return [row for row, count in counted for _ in range(max(count, 1))]
 
 
 def _place_shared(examples: Sequence[TokenizedExample]) -> dict[str, Any]:

@@ -35,10 +35,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 def _cut(batch: Batch, start: int, end: int) -> Batch:
     """The examples from `start` to `end`, as a batch."""
     responses = _span(batch["response_counts"], start, end)
-    targets = _span(batch["num_targets"], start, end)
+    targets = _span(batch["response_lengths"], responses.start, responses.stop)
     pairs = _span(batch["pair_counts"], start, end)
     place = _cut_shared if batch["attention_mask"] is None else _cut_repeat
-    own = ("rows", "keys", "num_targets", "response_counts", "pair_counts")
+    own = ("rows", "keys", "prompt_lengths", "response_counts", "pair_counts")
     return {
         **place(batch, slice(start, end), responses, batch["source"][targets]),
         "target": batch["target"][targets],
@@ -47,14 +47,14 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
         "pairs": batch["pairs"][pairs] - responses.start,
         "margins": batch["margins"][pairs],
         "weights": batch["weights"][pairs],
-        "labels": batch["labels"][responses],
+        **{name: batch[name][responses] for name in ("labels", "response_lengths")},
         **{name: batch[name][start:end] for name in own},
         **{name: {k: it[targets] for k, it in batch[name].items()} for name in (DRAWN,) if name in batch},
     }
 
 
 def _span(counts: tuple[int, ...], start: int, end: int) -> slice:
-    """Where that which each example has `counts` of lies for the examples from `start` to `end`."""
+    """Where that which each example, or response, has `counts` of lies for those from `start` to `end`."""
     first = sum(counts[:start])
     return slice(first, first + sum(counts[start:end]))
 

@@ -158,7 +158,7 @@ def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path,
     or LLaMA-Factory's beside them, which the model then has. Says whether it was the latter."""
     from peft import TaskType
 
-    brings_own = _brings_head(lora)
+    brings_own = brings_head(lora)
     if not is_reward_model(model):
         if brings_own:
             raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
@@ -177,7 +177,7 @@ def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path,
     return has_head
 
 
-def _brings_head(lora: LoraConfig) -> bool:
+def brings_head(lora: LoraConfig) -> bool:
     """Whether an adapter is one of a reward model, its head among its weights."""
     from peft import TaskType
 
@@ -201,7 +201,7 @@ def _name_head(policy: PeftModel) -> None:
     """Name the head once among the modules saved in full: peft lists whatever it might be called, again each
     time that an adapter is loaded."""
     config: Any = policy.peft_config[TRAINED]
-    if _brings_head(config):
+    if brings_head(config):
         others = [name for name in config.modules_to_save if name not in (HEAD, "classifier")]
         config.modules_to_save = [*dict.fromkeys(others), HEAD]
 
@@ -344,6 +344,37 @@ def save_as_plain_lora(policy: PeftModel, folder: Path) -> None:
     config.init_lora_weights, config.inference_mode = True, True  # type: ignore[attr-defined]
     config.save_pretrained(str(folder))
     save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+
+
+def save_without_head(policy: PeftModel, folder: Path) -> None:
+    """Write the adapter of a reward model as one of a language model, its head left out."""
+    from peft import TaskType, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
+    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != _HEAD_IN_FILE}
+    config: Any = copy.deepcopy(policy.peft_config[TRAINED])
+    config.task_type, config.inference_mode = TaskType.CAUSAL_LM, True
+    config.base_model_name_or_path = base_of(policy).name_or_path
+    config.modules_to_save = [name for name in config.modules_to_save or () if name != HEAD] or None
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+
+
+@contextmanager
+def without_lora(policy: PeftModel) -> Iterator[None]:
+    """The low-rank matrices switched off within the block, modules that are trained in full left as they are:
+    `disable_adapter` would take the head away too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 A token sees its own prompt and its own response, causally. Three ways compute the same: a loop over
 segments with scaled-dot-product attention (CPU), flash attention over ragged sequences, and
 FlexAttention (CUDA, with and without the flash-attn package). The first two hold no mask of the whole row;
-FlexAttention keeps one of blocks. All of them cap the scores where the model does (`softcap`).
+FlexAttention keeps one of blocks. All of them cap the scores where the model does (`softcap`), and take more
+keys than queries: the first keys are then of prompts that an earlier forward has computed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prefkit.model.errors import ModelError
 
 NAME = "prefkit_shared"
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, float | None], Tensor]
+Visit = Callable[[torch.nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (layer, key, value) -> both
 # Keyword arguments that models pass along and that mean nothing to attention.
 _HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"}
 # The attribute of a model that remembers its own implementation.
@@ -41,6 +43,7 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     segments: Segments = (),
     softcap: float | None = None,
+    prompt_states: Visit | None = None,
     *,
     kernel: Kernel,
     **kwargs: Any,
@@ -48,12 +51,15 @@ def shared_prompt_attention(
     """The attention function that transformers calls in each layer.
 
     query (1, heads, L, D), key (1, kv_heads, L, D), value (1, kv_heads, L, E); returns (1, L, heads, E).
+    Keys and values pass through `prompt_states`, where there is such a function.
     Raises `RuntimeError` when no segments reached it, and when a mask, dropout, a window shorter than a
     sequence or anything else did that would change the result.
     """
     if not segments:
         raise RuntimeError("shared-prompt attention needs segments")
     check_honoured(module, _longest_sequence(segments), attention_mask, dropout, **kwargs)
+    if prompt_states is not None:
+        key, value = prompt_states(module, key, value)
     return kernel(query, key, value, segments, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
@@ -121,17 +127,36 @@ def segment_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """One call for each prompt with its first response, which are one causal sequence, and one for each
-    further response, whose queries see the prompt and, causally, themselves. (1, heads, L, E)."""
+    further response, whose queries see the prompt and, causally, themselves. (1, heads, L, E), L queries."""
+    num_before = key.shape[2] - query.shape[2]
     outputs = []
-    for start, end, responses in segments:
-        whole = slice(start, responses[0][1])
-        outputs.append(_attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], scaling, softcap))
-        for first, last in responses[1:]:
-            keys, values = (
-                torch.cat([states[:, :, start:end], states[:, :, first:last]], 2) for states in (key, value)
-            )
-            outputs.append(_attend(query[:, :, first:last], keys, values, scaling, softcap))
+    for prompt, own in _sequences(segments, num_before):
+        keys, values = (_join(states, prompt, own) for states in (key, value))
+        asking = query[:, :, own.start - num_before : own.stop - num_before]
+        outputs.append(_attend(asking, keys, values, scaling, softcap))
     return torch.cat(outputs, 2)
+
+
+def _sequences(segments: Segments, num_before: int) -> Iterator[tuple[range, range]]:
+    """(keys before all queries, keys of the queries) of each causal sequence, in the order of the queries.
+
+    The first `num_before` keys have no queries: prompts that lie there are keys alone.
+    """
+    for start, end, responses in segments:
+        further = responses
+        if start >= num_before and responses[0][0] == end:
+            yield range(0), range(start, responses[0][1])
+            further = responses[1:]
+        for first, last in further:
+            yield range(start, end), range(first, last)
+
+
+def _join(states: Tensor, prompt: range, own: range) -> Tensor:
+    """Keys or values of a sequence; no copy where they lie together."""
+    states_of_own = states[:, :, own.start : own.stop]
+    if not prompt:
+        return states_of_own
+    return torch.cat([states[:, :, prompt.start : prompt.stop], states_of_own], 2)
 
 
 def math_attention(
@@ -205,7 +230,7 @@ def flash_attention(
     """
     from flash_attn import flash_attn_varlen_func
 
-    gather, query_ends, key_ends, longest = _ragged(segments, query.device)
+    gather, query_ends, key_ends, longest = _ragged(segments, key.shape[2] - query.shape[2], query.device)
     width = value.shape[-1]
     padded = F.pad(value, (0, query.shape[-1] - width))
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, padded))
@@ -225,20 +250,16 @@ def flash_attention(
 
 
 @lru_cache(maxsize=4)
-def _ragged(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+def _ragged(segments: Segments, num_before: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     """Positions of the keys, the bounds of each sequence's queries and keys, and the longest sequence."""
     gather: list[int] = []
     query_ends, key_ends = [0], [0]
     longest = 0
-    for start, end, responses in segments:
-        sequences = [(start, start, responses[0][1])]  # (prompt start, first query, last)
-        sequences += [(start, first, last) for first, last in responses[1:]]
-        for prompt_start, first, last in sequences:
-            before = range(prompt_start, end) if first > prompt_start else range(0)
-            gather += [*before, *range(first, last)]
-            query_ends.append(last)
-            key_ends.append(len(gather))
-            longest = max(longest, len(before) + last - first)
+    for prompt, own in _sequences(segments, num_before):
+        gather += [*prompt, *own]
+        query_ends.append(query_ends[-1] + len(own))
+        key_ends.append(len(gather))
+        longest = max(longest, len(prompt) + len(own))
     bounds = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (query_ends, key_ends))
     return (torch.tensor(gather, device=device), *bounds, longest)  # type: ignore[return-value]
 
@@ -260,7 +281,7 @@ def flex_attention(
         key,
         value,
         score_mod=None if softcap is None else _capping(softcap),
-        block_mask=_block_mask(segments, query.device),
+        block_mask=_block_mask(segments, key.shape[2] - query.shape[2], query.device),
         scale=scaling,
         enable_gqa=True,
     )
@@ -278,24 +299,26 @@ def _capping(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 @lru_cache(maxsize=4)
-def _block_mask(segments: Segments, device: torch.device) -> Any:
+def _block_mask(segments: Segments, num_before: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = segments[-1][2][-1][1]
     prompt_of = torch.zeros(length, dtype=torch.long, device=device)
     response_of = torch.full((length,), -1, device=device)  # -1: a prompt token
     number = 0
-    for prompt, (start, _, responses) in enumerate(segments):
-        prompt_of[start : responses[-1][1]] = prompt
+    for prompt, (start, end, responses) in enumerate(segments):
+        prompt_of[start:end] = prompt
         for first, last in responses:
+            prompt_of[first:last] = prompt
             response_of[first:last] = number
             number += 1
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (response_of[k] == -1) | (response_of[k] == response_of[q])
-        return (q >= k) & (prompt_of[q] == prompt_of[k]) & own
+        place = q + num_before
+        own = (response_of[k] == -1) | (response_of[k] == response_of[place])
+        return (place >= k) & (prompt_of[place] == prompt_of[k]) & own
 
-    return create_block_mask(sees, None, None, length, length, device=str(device))
+    return create_block_mask(sees, None, None, length - num_before, length, device=str(device))
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

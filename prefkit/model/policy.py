@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from prefkit.config.errors import UserError
 from prefkit.model.architecture import Architecture
+from prefkit.model.attention import Visit
 from prefkit.model.value import values_at
 from prefkit.objectives.head import (
     LogitTransform,
@@ -30,6 +31,7 @@ from prefkit.objectives.head import (
 )
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
+LogpsOf = Callable[[nn.Module, dict[str, Any]], ResponseLogps]  # (model, packed batch) -> its log-probs
 # What the model's forward takes of a packed batch.
 _FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "source", "target")
 
@@ -167,15 +169,22 @@ def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def response_logps(model: nn.Module, batch: dict[str, Any], entropies: bool = False) -> ResponseLogps:
+def response_logps(
+    model: nn.Module,
+    batch: dict[str, Any],
+    prompt_states: Visit | None = None,
+    entropies: bool = False,
+) -> ResponseLogps:
     """Log-probs of the responses in a packed batch (`PackedBatch.to_dict()`) under the model, with the
     entropy before each token if that is asked for.
+
+    Of a shared batch, keys and values of each layer pass through `prompt_states`, where there is one.
 
     Raises `TypeError` when something on the way took precision from them: they are fp32 whatever the
     model's dtype.
     """
-    more = {"entropies": True} if entropies else {}
-    found: dict[str, Tensor] = model(**{key: batch[key] for key in _FORWARD_KEYS}, **more)
+    inputs = {key: batch[key] for key in _FORWARD_KEYS} | ({"entropies": True} if entropies else {})
+    found: dict[str, Tensor] = model(**inputs, prompt_states=prompt_states)
     token_logps = found["token_logps"]
     if token_logps.dtype != torch.float32:
         raise TypeError(f"log-probs arrived as {token_logps.dtype}; a wrapper cast the model's output")

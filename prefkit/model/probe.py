@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Message
 from prefkit.files import replace_text
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import plain_attention
@@ -21,12 +22,21 @@ from prefkit.model.load import DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from prefkit.data.template import ChatTemplate
+
 PROBE_FILE = "probe.json"
 _ROWS, _MOST_TOKENS = 4, 256
 # How far two computations of a log-prob may be apart, as a mean over tokens, in nats: rounding of the
 # weights that an adapter is merged into, and another order of sums. SmolLM2-135M in bfloat16 is 0.11 from
 # itself in float32.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+# What a model without a probe of its own is measured on, as question and answer.
+_QUESTIONS = (
+    ("Name three rivers of Europe.", "The Rhine, the Danube and the Loire are rivers of Europe."),
+    ("How do I boil an egg?", "Put it into boiling water for seven minutes, then cool it."),
+    ("What is 12 times 12?", "12 times 12 is 144."),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,15 @@ def make_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> Probe:
     base = base_of(model)
     dtype = str(base.dtype).removeprefix("torch.")
     return Probe(rows, measure(model, rows), dtype, bool(getattr(base, "is_quantized", False)))
+
+
+def question_rows(template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
+    """Rows as (prompt ids, response ids) for a model that has no probe of its own."""
+    rows = []
+    for question, answer in _QUESTIONS:
+        prompt, responses = template.encode([Message("user", question)], [Message("assistant", answer)])
+        rows.append((prompt, responses[0]))
+    return rows
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,8 @@ class CachedReference:
 
 def _put(store: LogpsStore, batch: dict[str, Any], responses: ResponseLogps) -> None:
     """Store each example's part of the batch's token log-probs."""
-    parts = responses.token_logps.split(list(batch["num_targets"]))
+    lengths = iter(batch["response_lengths"])
+    parts = responses.token_logps.split([sum(islice(lengths, n)) for n in batch["response_counts"]])
     for key, part in zip(batch["keys"], parts, strict=True):
         if key not in store:
             store.put(key, part)

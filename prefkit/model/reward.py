@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 HEAD = "score"
 HEAD_WEIGHT = f"{HEAD}.weight"
 VALUE_HEAD = "value_head.safetensors"
+PICKLED_VALUE_HEAD = "value_head.bin"
 _VALUE_WEIGHT, _VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 # What the model's forward takes of a packed batch.
 _FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
@@ -57,7 +58,7 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
     if has_head and stored.num_labels != 1:
         raise ModelError(f"{config.model_name_or_path} gives {stored.num_labels} scores; a reward is one")
     labels = {} if has_head else {"num_labels": 1}
-    with _without_report():
+    with without_load_report():
         model, missing = load_pretrained(AutoModelForSequenceClassification, config, max_length, **labels)
     if not is_reward_model(model):
         raise ModelError(f"{config.model_name_or_path}: {type(model).__name__} has no head named {HEAD}")
@@ -70,7 +71,7 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """transformers warns of the missing head and the surplus one of the language model: both are known."""
     from transformers.utils import logging as of_transformers
 
@@ -109,8 +110,10 @@ def read_value_head(folder: Path) -> tuple[Tensor, float] | None:
 
     file = folder / VALUE_HEAD
     if not file.is_file():
-        if (folder / "value_head.bin").is_file():
-            raise ModelError(f"{folder}: value_head.bin is a pickle, which is not opened: save {VALUE_HEAD}")
+        if (folder / PICKLED_VALUE_HEAD).is_file():
+            raise ModelError(
+                f"{folder}: {PICKLED_VALUE_HEAD} is a pickle, which is not opened: save {VALUE_HEAD}"
+            )
         return None
     try:
         tensors = load_file(file)
@@ -118,6 +121,14 @@ def read_value_head(folder: Path) -> tuple[Tensor, float] | None:
         return tensors[_VALUE_WEIGHT].float().view(1, -1), float(bias)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ModelError(f"{file} is no value head of LLaMA-Factory: {error}") from error
+
+
+def write_value_head(folder: Path, weight: Tensor, bias: float) -> None:
+    """Write a head, weight (1, hidden) and bias, as LLaMA-Factory reads it, in fp32."""
+    from safetensors.torch import save_file
+
+    tensors = {_VALUE_WEIGHT: weight.detach().float().cpu().contiguous(), _VALUE_BIAS: torch.tensor([bias])}
+    save_file(tensors, folder / VALUE_HEAD, {"format": "pt"})
 
 
 def set_value_head(model: PreTrainedModel, folder: Path) -> bool:

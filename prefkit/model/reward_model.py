@@ -118,29 +118,40 @@ class ScoreProbe:
 
 
 def make_score_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> ScoreProbe:
-    """A probe of the model on both responses of the shortest of the examples.
-
-    In fp32 the tolerance is `EXACT`. Half precision is allowed 4 times what the scores of rows computed alone
-    and in one batch differ by, and a unit in the last place at least.
-    """
+    """A probe of the model on both responses of the shortest of the examples; see `probe_scores`."""
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_PROBED]
     rows = [
         [*example.prompt_ids, *response][-_MOST_TOKENS:]
         for example in shortest
         for response in example.response_ids
     ]
+    return probe_scores(model, rows)
+
+
+def probe_scores(model: nn.Module, rows: list[list[int]], offset: float = 0.0) -> ScoreProbe:
+    """A probe of the model on rows of token ids, `offset` added to what its head gives.
+
+    In fp32 the tolerance is `EXACT`. Half precision is allowed 4 times what the scores of rows computed alone
+    and in one batch differ by, and a unit in the last place at least.
+    """
     base = base_of(model)
     dtype, quantized = str(base.dtype).removeprefix("torch."), bool(getattr(base, "is_quantized", False))
     scores = plain_scores(model, rows, batch_tokens=1)
-    together = plain_scores(model, rows, batch_tokens=len(rows) * _MOST_TOKENS)
-    measured = max(_apart(a, b) for a, b in zip(scores, together, strict=True))
+    together = plain_scores(model, rows, batch_tokens=len(rows) * max(map(len, rows)))
+    measured = score_distance(scores, together)
     is_exact = dtype == "float32" and not quantized
     tolerance = EXACT if is_exact else max(_TIMES * measured, _UNIT.get(dtype, _UNIT["bfloat16"]))
-    return ScoreProbe(rows, scores, dtype, quantized, tolerance)
+    return ScoreProbe(rows, [score + offset for score in scores], dtype, quantized, tolerance)
 
 
-def _apart(score: float, other: float) -> float:
-    return abs(score - other) / max(1.0, abs(score))
+def score_distance(scores: Sequence[float], others: Sequence[float]) -> float:
+    """The largest difference of two scores of a row, relative to the first or 1; NaN where one is NaN.
+
+    >>> score_distance([0.5, 10.0], [0.75, 11.0])
+    0.25
+    """
+    one, other = (torch.tensor(it, dtype=torch.float64) for it in (scores, others))
+    return float(((one - other).abs() / one.abs().clamp(min=1)).max())
 
 
 def write_score_probe(probe: ScoreProbe, folder: Path) -> None:
@@ -165,6 +176,12 @@ def read_score_probe(folder: Path) -> ScoreProbe | None:
     return probe
 
 
+def _read_offset(folder: Path) -> float:
+    """The bias of LLaMA-Factory's head in a folder, which the model's own head has no place for."""
+    value_head = read_value_head(folder)
+    return value_head[1] if value_head else 0.0
+
+
 def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
     """How far the model's scores are from those that were saved in `folder`, relative to their size or 1.
 
@@ -181,16 +198,18 @@ def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
     if dtype != probe.dtype:
         tolerance = max(tolerance, _OTHER_FORMAT * max(_UNIT.get(it, 0.0) for it in (dtype, probe.dtype)))
     try:
-        scores = plain_scores(model, probe.rows, batch_tokens=1)
+        found = plain_scores(model, probe.rows, batch_tokens=1)
     except UserError as error:
         raise ModelError(f"{name} on {base.name_or_path}: {error}: it was trained on another base") from error
-    apart = max(_apart(score, found) for score, found in zip(probe.scores, scores, strict=True))
+    offset = _read_offset(folder)
+    apart = score_distance(probe.scores, [score + offset for score in found])
     if not apart <= tolerance:
+        read = "" if dtype == probe.dtype else f" It is read in {dtype}; write dtype: {probe.dtype}."
         raise ModelError(
             f"{name} on {base.name_or_path} is not the reward model that was trained: the scores of its "
             f"probe rows ({PROBE_FILE}) are {apart:.2g} away (tolerance {tolerance:.2g}, relative to a score "
             "or 1). Either this is another base than the one it was trained on, or a file of base, adapter "
-            "or head has changed."
+            f"or head has changed.{read}"
         )
     return apart
 
@@ -280,8 +299,10 @@ def _size(example: TokenizedExample, layout: Layout) -> tuple[int, int]:
     return len(example.prompt_ids) + max(map(len, example.response_ids)), len(example.response_ids)
 
 
-def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
-    """Read the reward model that base and adapters are, on this machine's accelerator.
+def open_reward_model(
+    config: ModelConfig, cutoff_len: int = 0, device: torch.device | None = None
+) -> RewardModel:
+    """Read the reward model that base and adapters are, on `device`, or this machine's accelerator.
 
     The bias of LLaMA-Factory's head is its `offset`. Raises `ModelError` when there is no head, and when it
     is not the model that was saved.
@@ -293,11 +314,9 @@ def open_reward_model(config: ModelConfig, cutoff_len: int = 0) -> RewardModel:
     model.eval()
     check_head(base_of(model), config.trained_last)
     if config.quantization_bit is None:
-        model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
+        model.to(device or torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
     adapters = config.adapter_name_or_path
     folder = find_adapter(adapters[-1], config) if adapters else find_model(config)
-    value_head = read_value_head(folder)
-    offset = value_head[1] if value_head else 0.0
     proof = verify_scores(model, folder, config.trained_last)
     layout = prepare_for_batches(base_of(model), config, cutoff_len, lambda text: None)
-    return RewardModel(model, layout, offset, proof)
+    return RewardModel(model, layout, _read_offset(folder), proof)

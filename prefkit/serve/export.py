@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefkit import __version__
 from prefkit.config.errors import UserError
 from prefkit.config.schema import UseConfig
-from prefkit.data.examples import Message
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
-from prefkit.model.probe import TOLERANCE, Probe, compare, distance, measure, read_probe
-from prefkit.runs.record import RECORD_FILE, library_versions, read_record
-from prefkit.serve.load import load_model, usage_of
+from prefkit.model.probe import TOLERANCE, Probe, compare, distance, measure, question_rows, read_probe
+from prefkit.model.reward import VALUE_HEAD
+from prefkit.runs.reward_model import has_value_head, names_reward_model
+from prefkit.serve.card import GENERATING, make_record, write_facts
+from prefkit.serve.export_reward import export_reward_model
+from prefkit.serve.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,24 +29,65 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 # Share of what training changed that rounding may take unsaid.
 _SHARE_TO_MENTION = 0.05
-# Probe rows for an adapter that has none of its own, as question and answer.
-_QUESTIONS = (
-    ("Name three rivers of Europe.", "The Rhine, the Danube and the Loire are rivers of Europe."),
-    ("How do I boil an egg?", "Put it into boiling water for seven minutes, then cool it."),
-    ("What is 12 times 12?", "12 times 12 is 144."),
-)
 
 
 def export(config: UseConfig, say: Say) -> Path:
     """Write the model with its adapters merged to `export_dir`, read it again and compare.
 
-    The log-probs of the probe rows must be the same before merging and after reading, within rounding.
-    Nothing is left behind when they are not. Raises `UserError` for a folder that is not empty, and
-    `ModelError` for a model that is not what was trained.
+    The log-probs of the probe rows, or their scores, must be the same before merging and after reading,
+    within rounding. Nothing is left behind when they are not. Raises `UserError` for a folder that is not
+    empty and for keys that are not for this model, and `ModelError` for one that is not what was trained.
     """
     folder = Path(config.export.export_dir or "").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"export_dir: {folder} is not an empty folder: write another")
+    is_reward = _is_reward_model(config, say)
+    with _written_as_a_whole(folder) as scratch:
+        if is_reward:
+            export_reward_model(config, scratch, say)
+        else:
+            export_language_model(config, scratch, say)
+    use = "score {} data.jsonl -o scores.jsonl` scores with" if is_reward else "chat {}` talks to"
+    say(f"Written to {folder}; `prefkit {use.format(folder)} it.")
+    return folder
+
+
+def _is_reward_model(config: UseConfig, say: Say) -> bool:
+    """What is exported. Raises `UserError` where a head is asked of a language model."""
+    name = config.model.trained_last
+    if names_reward_model(config.model):
+        return True
+    if has_value_head(config.model):
+        say(
+            f"{name} has a value head beside it and is exported as a reward model. A policy that PPO has "
+            f"trained has one too: to export that as a language model, move {VALUE_HEAD} away."
+        )
+        return True
+    if config.export.export_value_head:
+        raise UserError(
+            f"export_value_head: {name} is a language model and has no head for scores: remove it"
+        )
+    return False
+
+
+@contextmanager
+def _written_as_a_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when all went well, and else is gone."""
+    scratch = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+        for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def export_language_model(config: UseConfig, folder: Path, say: Say) -> None:
+    """Write a language model to `folder`, with its record and card, as `export` says."""
     loaded = load_model(config)
     if loaded.proof is not None:
         say(f"Adapter and base are those of the training: {loaded.proof:.1e} nats per token apart.")
@@ -59,19 +101,13 @@ def export(config: UseConfig, say: Say) -> Path:
         adapters = ", ".join(config.model.adapter_name_or_path)
         say(f"Merging {adapters} into {config.model.model_name_or_path} ...")
         model = model.merge_and_unload(safe_merge=True)
-    scratch = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        _write(model, loaded.template, config, scratch)
-        probe = Probe(rows, before, str(model.dtype).removeprefix("torch."), False)
-        moved = None if untuned is None else distance(probe, untuned)
-        apart = _compare(probe, scratch, config, moved)
-        _write_facts(config, scratch, apart, moved)
-        if folder.exists():
-            folder.rmdir()
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    _write(model, loaded.template, config, folder)
+    probe = Probe(rows, before, str(model.dtype).removeprefix("torch."), False)
+    moved = None if untuned is None else distance(probe, untuned)
+    apart = _compare(probe, folder, config, moved)
+    record = make_record(config, {"nats_per_token": apart, "moved_by_training": moved})
+    proof = f"probe rows within {apart:.1e} nats per token of the adapter"
+    write_facts(folder, config, record, GENERATING, {"proof": proof})
     told = "" if moved is None else f" (the adapter moves them by {moved:.1e})"
     if moved is not None and apart > _SHARE_TO_MENTION * moved:
         say(
@@ -79,7 +115,6 @@ def export(config: UseConfig, say: Say) -> Path:
             "dtype: float32 to keep it, and another export_dir."
         )
     say(f"Proof: {len(rows)} probe rows agree before and after within {apart:.1e} nats per token{told}.")
-    return folder
 
 
 def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
@@ -87,11 +122,7 @@ def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[in
     for path in (*reversed(config.model.adapter_name_or_path), config.model.model_name_or_path):
         if probe := read_probe(Path(path)):
             return probe.rows
-    rows = []
-    for question, answer in _QUESTIONS:
-        prompt, responses = template.encode([Message("user", question)], [Message("assistant", answer)])
-        rows.append((prompt, responses[0]))
-    return rows
+    return question_rows(template)
 
 
 def _untuned(model: Any, rows: list[tuple[list[int], list[int]]]) -> list[list[float]] | None:
@@ -108,8 +139,6 @@ def _write(model: PreTrainedModel, template: ChatTemplate, config: UseConfig, fo
     model.save_pretrained(str(folder), max_shard_size=f"{config.export.export_size}GB")
     template.tokenizer.padding_side = "left"  # as generation wants it
     template.tokenizer.save_pretrained(str(folder))
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _compare(probe: Probe, folder: Path, config: UseConfig, moved: float | None) -> float:
@@ -132,60 +161,3 @@ def _compare(probe: Probe, folder: Path, config: UseConfig, moved: float | None)
             "dtype: float32 to merge without rounding."
         )
     return apart
-
-
-def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | None) -> None:
-    """`prefkit.json` and the model card."""
-    model = config.model
-    run = read_record(Path(model.trained_last)) or {}
-    kept = ("stage", "loss", "finetuning_type", "reference", "trained_on", "data", "pairs")
-    record = {
-        "base_model": model.model_name_or_path,
-        "adapters": list(model.adapter_name_or_path),
-        "usage": usage_of(config),
-        "proof": {"nats_per_token": apart, "moved_by_training": moved},
-        "run": {name: run[name] for name in kept if name in run},
-        "versions": library_versions(),
-    }
-    (folder / RECORD_FILE).write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (folder / "README.md").write_text(_card(config, record), encoding="utf-8")
-
-
-def _card(config: UseConfig, record: dict[str, Any]) -> str:
-    """The model card: where the model comes from, how it is used, and how it was checked."""
-    run, usage = record["run"], config.data
-    data = f"{', '.join(run.get('trained_on', []))} ({run.get('pairs', {}).get('trained')} pairs)"
-    facts = {
-        "base model": record["base_model"],
-        "adapters merged": ", ".join(record["adapters"]) or "none",
-        "training": f"{run['loss']} loss on {data}" if "loss" in run else "not recorded",
-        "reference": run.get("reference", "not recorded"),
-        "chat template": usage.template or "the model's own",
-        "thinking": {True: "on", False: "off", None: "as the response has it"}[usage.enable_thinking],
-        "system message": usage.default_system or "none added",
-        "proof": f"probe rows within {record['proof']['nats_per_token']:.1e} nats per token of the adapter",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-base_model: {json.dumps(record["base_model"])}
-library_name: transformers
----
-
-Exported by prefkit {__version__}; `{RECORD_FILE}` has the facts for machines.
-
-| | |
-|---|---|
-{table}
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-    messages = [{{"role": "user", "content": "Hello"}}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
-    print(tokenizer.decode(answer, skip_special_tokens=True))
-"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 if TYPE_CHECKING:
     from prefkit.data.template import ChatTemplate
     from prefkit.serve.assistant import Assistant
+
+logger = logging.getLogger(__name__)
 
 # What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
 _TEMPLATE = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
@@ -102,12 +105,15 @@ def _usage(folder: Path) -> dict[str, Any]:
         return {name: config.value(name) for name in names}
     record = read_record(folder)
     usage = record.get("usage", {}) if record else {}
-    return {name: usage[name] for name in _TEMPLATE if name in usage}
+    return {name: usage[name] for name in (*_TEMPLATE, "dtype", *_ADAPTED, *_SCORED) if name in usage}
 
 
-def usage_of(config: UseConfig) -> dict[str, Any]:
-    """What an exported model's record says of its use."""
-    return {name: getattr(config.data, name) for name in _TEMPLATE}
+def usage_of(config: UseConfig, is_adapter: bool = False, scores: bool = False) -> dict[str, Any]:
+    """What the record of an exported model says of its use; of an adapter, what its base is made by too, and
+    of a model that `scores`, how long its rows are."""
+    names = (*_TEMPLATE, *(("dtype", *_ADAPTED) if is_adapter else ()), *(_SCORED if scores else ()))
+    values = vars(config.data) | vars(config.model)
+    return {name: values[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,22 @@ class LoadedModel:
 def load_model(config: UseConfig) -> LoadedModel:
     """Read what a `UseConfig` names and check it against the probe rows of its training.
 
-    Raises `ModelError` when something is missing or is not what was trained.
+    Raises `UserError` for a reward model, and `ModelError` when something is missing or is not what was
+    trained.
     """
     from prefkit.data.template import make_template
     from prefkit.model.adapter import start_from_adapters
     from prefkit.model.generate import stop_ids
     from prefkit.model.load import fit_vocabulary, load_causal_lm, load_tokenizer
     from prefkit.model.probe import verify
+    from prefkit.runs.reward_model import names_reward_model
 
+    name = config.model.trained_last
+    if names_reward_model(config.model):
+        raise UserError(
+            f"{name} is a reward model, which gives scores and writes no text: `prefkit score {name} "
+            f"data.jsonl -o scores.jsonl` scores a file, `prefkit serve {name}` answers requests"
+        )
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
     base = load_causal_lm(config.model, config.data.cutoff_len)
@@ -139,7 +153,6 @@ def load_model(config: UseConfig) -> LoadedModel:
     model: Any = start_from_adapters(base, config.model, create_new=False)
     model.requires_grad_(False)
     model.eval()
-    name = config.model.trained_last
     return LoadedModel(model, template, verify(model, Path(name), name))
 
 
@@ -147,10 +160,18 @@ def load_assistant(config: UseConfig) -> Assistant:
     """A model to talk to."""
     import torch
 
+    from prefkit.model.reward import VALUE_HEAD
+    from prefkit.runs.reward_model import has_value_head
     from prefkit.serve.assistant import Assistant
 
     loaded = load_model(config)
     model = config.model
+    if Path(model.trained_last).is_dir() and has_value_head(model):
+        logger.warning(
+            "%s: %s beside it is not used; if this is a reward model, `prefkit score` scores with it",
+            model.trained_last,
+            VALUE_HEAD,
+        )
     if model.quantization_bit is None:
         loaded.model.to(torch.accelerator.current_accelerator() or "cpu")
     name = Path(model.trained_last).name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.config.schema import MethodConfig
-from prefkit.model.policy import response_logps
+from prefkit.model.policy import LogpsOf
 from prefkit.model.reference import Reference
 from prefkit.objectives.kto import kl_estimate, kto_loss
 from prefkit.objectives.logps import ResponseLogps
@@ -20,20 +20,23 @@ from prefkit.train.stages import StageOutput, check_first_losses, check_identity
 class KtoStage:
     """KTO, where each row has a judged response and after it its partner (`data.partners`).
 
-    `gather` joins a vector from all ranks; `expects_identity` asks for the first batch to be checked
-    against `IDENTITY_TOLERANCE[dtype]`.
+    `policy_logps` computes the policy's log-probs of a batch; those of partners enter as constants. `gather`
+    joins a vector from all ranks; `expects_identity` asks for the first batch to be checked against
+    `IDENTITY_TOLERANCE[dtype]`.
     """
 
     def __init__(
         self,
         method: MethodConfig,
         reference: Reference,
+        policy_logps: LogpsOf,
         dtype: torch.dtype,
         router_loss_weight: float = 0.0,
     ) -> None:
         self.name = method.stage
         self.method = method
         self.reference = reference
+        self.policy_logps = policy_logps
         self.dtype = dtype
         self.router_loss_weight = router_loss_weight
         self.expects_identity = False
@@ -52,7 +55,7 @@ class KtoStage:
 
         Raises `IdentityError` when the first batch shows that the reference is not what it should be.
         """
-        policy, reference = response_logps(model, batch), self.reference.logps(model, batch)
+        policy, reference = self.policy_logps(model, batch), self.reference.logps(model, batch)
         if self.expects_identity:
             check_identity(policy, reference, self.reference, self.dtype, batch["rows"])
         judged, partners = _places(batch)
@@ -85,7 +88,7 @@ class KtoStage:
         """The KL of a micro-batch that is computed in pieces. Costs a pass over them, without gradient."""
         logratios = []
         for piece in pieces:
-            policy, reference = response_logps(model, piece), self.reference.logps(model, piece)
+            policy, reference = self.policy_logps(model, piece), self.reference.logps(model, piece)
             logratios.append(_logratios(policy, reference, _places(piece)[1]))
         return self._kl(logratios)
 

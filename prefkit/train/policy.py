@@ -13,9 +13,11 @@ from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of
-from prefkit.model.architecture import read_architecture
+from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import fit_vocabulary, load_causal_lm
+from prefkit.model.partners import judged_logps
+from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
 from prefkit.model.reward import check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import verify_scores
@@ -24,7 +26,12 @@ from prefkit.model.value import add_value_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
 Say = Callable[[str], None]
 
@@ -89,6 +96,15 @@ def _load_base(
     if not config.model.adapter_name_or_path:
         verify_scores(base, Path(name), name)
     return base
+
+
+def choose_policy_logps(config: RunConfig, model_config: PretrainedConfig) -> LogpsOf:
+    """What computes the log-probs of the policy in a step: for `stage: kto`, partners without gradient.
+
+    Where log-probs depend on the batch they are computed in, policy and reference need the same one.
+    """
+    apart = config.method.stage == "kto" and not batch_dependence(model_config, config.data.cutoff_len)
+    return judged_logps if apart else response_logps
 
 
 def _tell_weights(policy: Policy, say: Say) -> None:

@@ -58,7 +58,7 @@ from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces, naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
-from prefkit.train.policy import Policy, build_policy
+from prefkit.train.policy import Policy, build_policy, choose_policy_logps
 from prefkit.train.ppo import PpoStage
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.reward import RewardStage
@@ -226,7 +226,8 @@ def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, 
     stage: DpoStage | KtoStage
     if config.method.stage == "kto":
         assert reference is not None
-        stage = KtoStage(config.method, reference, policy.compute_dtype, coefficient)
+        logps = choose_policy_logps(config, policy.base.config)
+        stage = KtoStage(config.method, reference, logps, policy.compute_dtype, coefficient)
     else:
         stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
     stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here

@@ -11,14 +11,18 @@ import pytest
 
 from benchmarks.memory_estimate import fit
 from prefkit.check.advice import change, find_advice
-from prefkit.check.memory import KEPT, PROCESS, Estimate, parse_size
+from prefkit.check.memory import KEPT, PROCESS, Estimate, largest_batch, parse_size
 from prefkit.check.run import check
 from prefkit.config import load_config
 from prefkit.config.checks import CHECKING
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Label
+from prefkit.data.packing import Layout
 
 Write = Callable[..., Path]
+LAYOUTS: tuple[Layout, ...] = ("shared", "repeat")
 
 
 def estimate(file: Path) -> Estimate:
@@ -64,6 +68,16 @@ def test_the_measured_numbers_are_those_of_the_script() -> None:
     process, kept = fit()
     assert pytest.approx(process, rel=0.01) == PROCESS
     assert pytest.approx(kept, abs=0.005) == KEPT
+
+
+def test_a_partner_does_not_make_a_row_large() -> None:
+    labels: tuple[Label, Label] = ("desirable", "partner")
+    rows = [
+        TokenizedExample([1] * 4, [[2] * own, [3] * partner], (), f"f:{own}", labels=labels)
+        for own, partner in ((9, 1), (5, 30))
+    ]
+    for layout in LAYOUTS:
+        assert [row.source for row in largest_batch(rows, 1, layout)] == ["f:9"]
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "-1GB", "0MB", "24XB", "nanGB"])

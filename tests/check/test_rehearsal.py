@@ -15,17 +15,20 @@ from prefkit.check.models import build_models
 from prefkit.check.rehearsal import Block, fullest_moment, without_numbers
 from prefkit.config import load_config
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.examples import Pair
+from prefkit.data.examples import Label, Pair
 from prefkit.data.packing import pack
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import segment_attention
 from prefkit.model.load import load_tokenizer
 from prefkit.model.policy import response_logps
 from prefkit.train.arguments import make_training_arguments
-from prefkit.train.policy import build_policy
+from prefkit.train.policy import build_policy, choose_policy_logps
 from tests.conftest import make_model, make_tokenizer
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 4}
+
+KTO = {"stage": "kto", "dataset": "judged"}
+LABELS: tuple[Label, Label] = ("desirable", "partner")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,14 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_batch(layout: Any) -> dict[str, Any]:
+    """Two pairs, which stage kto takes for judged responses and their partners. Their lengths differ, since
+    a mask of padding that masks nothing is left out in numbers only."""
     ids = [7 + i % 250 for i in range(700)]
-    return pack([TokenizedExample(ids[:200], [ids[:250], ids[:150]], (Pair(0, 1),), "f:1")], layout).to_dict()
+    rows = [
+        TokenizedExample(ids[:prompt], [ids[:one], ids[:other]], (Pair(0, 1),), "f:1", labels=LABELS)
+        for prompt, one, other in ((200, 250, 150), (100, 120, 180))
+    ]
+    return pack(rows, layout).to_dict()
 
 
 def measure(config: Any, args: Any) -> int:
@@ -51,13 +60,14 @@ def measure(config: Any, args: Any) -> int:
     if args.activation_checkpointing:
         base_of(model).activation_checkpointing_enable({"use_reentrant": False})
     batch = make_batch(policy.layout)
+    policy_logps = choose_policy_logps(config, policy.base.config)
 
     def precision() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
 
     def step() -> None:
         with precision():
-            logps = response_logps(model, batch).logps
+            logps = policy_logps(model, batch).logps
         if config.tuning.finetuning_type == "lora":
             with torch.no_grad(), precision(), model.disable_adapter():
                 other = response_logps(model, batch).logps
@@ -82,6 +92,9 @@ def measure(config: Any, args: Any) -> int:
         {"finetuning_type": "full", "ref_cache": True},
         {"finetuning_type": "full", "ref_cache": True, "bf16": True},
         {"finetuning_type": "freeze", "ref_cache": True},
+        KTO,
+        {**KTO, "batch_layout": "repeat"},
+        {**KTO, "disable_gradient_checkpointing": False},
     ],
     ids=lambda keys: " ".join(map(str, keys.values())) or "lora",
 )

@@ -72,6 +72,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_files_are_no_larger_than_asked": "export_size",
         "test_export_device_is_where_adapters_are_merged": "export_device",
     },
+    "tests/serve/test_export_reward.py": {
+        "test_a_value_head_beside_a_merged_language_model": "export_value_head",
+    },
     "tests/serve/test_load.py": {
         "test_the_template_is_the_one_of_the_training": "template",
         "test_a_training_yaml_talks_to_its_base": "stage",

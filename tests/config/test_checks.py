@@ -392,6 +392,7 @@ USE_BROKEN = {
     "quantization_method": "quantization_method: hqq",
 }
 USE_IDLE = {
+    "export_size": "export_size: 2\nexport_value_head: lora",
     "quantization_type": "quantization_type: fp4\nquantization_bit: 8",
     "double_quantization": "double_quantization: false",
     "temperature": "temperature: 0.5\ndo_sample: false",
@@ -436,10 +437,14 @@ def test_error_of_a_use(use, name, row):
     assert problem.startswith(f"{row.keys[0]}: {row.message}")
 
 
-@pytest.mark.parametrize("row", TALKING.needs, ids=lambda row: row.key)
-def test_a_key_without_effect_on_an_answer_is_named(use, row):
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [(name, row) for name, rules in USES.items() for row in rules.needs],
+    ids=lambda case: case if isinstance(case, str) else case.key,
+)
+def test_a_key_without_effect_on_a_use_is_named(use, name, row):
     expected = f"without effect: {row.key} (needs {row.condition})"
-    assert use("talking", USE_IDLE[row.key]).warnings == (expected,)
+    assert use(name, USE_IDLE[row.key]).warnings == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +457,7 @@ def test_a_key_without_effect_on_an_answer_is_named(use, row):
         ("talking", "infer_backend: null\nlora_rank: 8"),
         ("export", "adapter_name_or_path: a,b\ndtype: bfloat16\nexport_size: 2\nexport_device: auto"),
         ("export", "export_legacy_format: false\nquantization_method: bnb"),
+        ("export", "export_size: 2\nexport_value_head: full"),
     ],
 )
 def test_allowed_for_a_use(use, name, lines):

@@ -72,7 +72,7 @@ PINNED = {
         "overwrite_output_dir": False, "plot_loss": False, "sample_prompts": 0,
         "sample_max_new_tokens": 256, "hang_timeout": 1800,
     },
-    "export": {"export_dir": None, "export_size": 5, "export_device": "cpu"},
+    "export": {"export_dir": None, "export_size": 5, "export_device": "cpu", "export_value_head": None},
 }  # fmt: skip
 
 

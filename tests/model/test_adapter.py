@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from prefkit.config import ModelConfig, TuningConfig
 from prefkit.model.adapter import (
@@ -20,11 +21,13 @@ from prefkit.model.adapter import (
     load_adapter,
     merge_adapters,
     save_as_plain_lora,
+    save_without_head,
     start_from_adapters,
+    without_lora,
 )
 from prefkit.model.errors import ModelError
 from prefkit.model.load import fit_vocabulary
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import SMALL, make_model, make_tokenizer
 from tests.model.test_policy import REPEATING, SHARING
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -255,3 +258,40 @@ def test_all_linear_layers_of_every_architecture_learn(name: str) -> None:
         if "lora_B" in name and weights.grad is None and "vision" not in name
     ]
     assert any("lora_B" in name for name, _ in policy.named_parameters()) and not without
+
+
+@pytest.mark.parametrize("keys", [{}, {"additional_target": ("embed_tokens",)}], ids=str)
+def test_the_adapter_of_a_reward_model_is_written_without_its_head(keys, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoConfig.for_model("llama", **{**SMALL, "num_labels": 1})
+    policy = add_lora(AutoModelForSequenceClassification.from_config(base), TuningConfig(lora_rank=2, **keys))
+    randomise(policy)
+    save_without_head(policy, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["modules_to_save"] == (["embed_tokens"] if keys else None)
+    language = load_adapter(make_model(), str(tmp_path), CONFIG)  # refuses what it has no place for
+    wanted = {name: it for name, it in policy.named_parameters() if it.requires_grad and "score" not in name}
+    found = dict(language.named_parameters())
+    assert wanted and all(torch.equal(found[name], it) for name, it in wanted.items())
+
+
+def test_matrices_are_off_and_the_head_is_not() -> None:
+    torch.manual_seed(0)
+    base = AutoConfig.for_model("llama", **{**SMALL, "num_labels": 1})
+    model = AutoModelForSequenceClassification.from_config(base)
+    policy = add_lora(model, TuningConfig(lora_rank=2))
+    with torch.no_grad():
+        for name, weights in policy.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                weights.fill_(0.05)
+        head = policy.base_model.model.score.weight.clone()
+        hidden = model.model(IDS).last_hidden_state
+        tuned = logits(policy)
+        with without_lora(policy):
+            off = logits(policy)
+            plain = model.model(IDS).last_hidden_state[0, -1] @ head[0]
+        assert torch.equal(logits(policy), tuned)
+    assert off.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert tuned.item() == pytest.approx((hidden[0, -1] @ head[0]).item(), abs=1e-5)
+    assert abs(off - tuned) > 1e-3

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from prefkit.data.packing import Segments, pack
+from prefkit.data.picking import pick_continuing
 from prefkit.model.attention import (
     fitting_attention,
     flash_attention,
@@ -132,6 +133,24 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_is_called_with_ragged_sequences(states, segments, softcap) -> None:
     found = flash_attention(*states, segments, 0.3, softcap)
     torch.testing.assert_close(found, dense(states, segments, softcap), atol=1e-5, rtol=1e-5)
+
+
+READ = pick_continuing(pack(EXAMPLES, "shared").to_dict(), [1, 2, 3, 6])["segments"]
+NUM_KNOWN = 4 + 0 + 1  # tokens of the prompts but their last
+
+
+@pytest.mark.usefixtures("flash_attn")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@softcaps
+@pytest.mark.parametrize("attend", [segment_attention, math_attention, flex_attention, flash_attention])
+def test_prompts_that_are_known_from_before(attend, softcap) -> None:
+    """Keys of three prompts, of which one is empty, lie before the row."""
+    torch.manual_seed(0)
+    length = READ[-1][2][-1][1]
+    query, key, value = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
+    expected = dense((query, key, value), READ, softcap)[:, :, NUM_KNOWN:]
+    found = attend(query[:, :, NUM_KNOWN:], key, value, READ, 0.3, softcap)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_softcap_as_the_model_does_it_in_bf16(states, segments) -> None:

@@ -26,7 +26,9 @@ from prefkit.model.reward import (
     attach_scores_forward,
     is_reward_model,
     load_reward_base,
+    read_value_head,
     response_scores,
+    write_value_head,
 )
 from tests.conftest import SMALL, make_model
 from tests.model.test_policy import EXAMPLES, SHARING, gradients, loss_of
@@ -189,6 +191,15 @@ def test_the_head_of_llamafactory_beside_a_model(tmp_path: Path, caplog: Any) ->
     (tmp_path / VALUE_HEAD).rename(tmp_path / "value_head.bin")
     with pytest.raises(ModelError, match="is a pickle, which is not opened"):
         load_reward_base(config(tmp_path))
+
+
+def test_a_written_value_head_is_read_again(tmp_path: Path) -> None:
+    weight = torch.linspace(-1, 1, 8, dtype=torch.bfloat16, requires_grad=True).view(1, -1)
+    write_value_head(tmp_path, weight, 0.1)
+    found = read_value_head(tmp_path)
+    assert found is not None and found[1] == pytest.approx(0.1)
+    assert found[0].dtype == torch.float32 and torch.equal(found[0], weight.detach().float())
+    assert load_file(tmp_path / VALUE_HEAD)["v_head.summary.bias"].shape == (1,)
 
 
 def test_the_head_of_llamafactory_beside_an_adapter(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from prefkit.model.reward_model import (
     EXACT,
     make_score_probe,
     plain_scores,
+    probe_scores,
     read_score_probe,
+    score_distance,
     verify_scores,
     write_score_probe,
 )
 from tests.conftest import make_model
 from tests.model.test_policy import EXAMPLES
-from tests.model.test_reward import make_reward_model
+from tests.model.test_reward import make_reward_model, put_value_head
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 0, 0], [14, 15, 16, 17], [18, 19]]
 
@@ -94,6 +97,30 @@ def test_in_bfloat16_within_what_was_measured(tmp_path: Path) -> None:
         model.score.weight.mul_(1.2)
     with pytest.raises(ModelError, match="is not the reward model that was trained"):
         verify_scores(model, tmp_path, "mine")
+
+
+def test_read_in_another_format_the_one_it_was_probed_in_is_named(folder: Path) -> None:
+    model = make_reward_model().bfloat16()
+    with torch.no_grad():
+        model.score.weight.mul_(1.5)
+    with pytest.raises(
+        ModelError, match=r"or head has changed. It is read in bfloat16; write dtype: float32\."
+    ):
+        verify_scores(model, folder, "mine")
+
+
+def test_the_bias_of_llamafactorys_head_is_a_part_of_the_scores(tmp_path: Path) -> None:
+    put_value_head(tmp_path, bias=0.5)
+    write_score_probe(probe_scores(make_reward_model(), ROWS, offset=0.5), tmp_path)
+    assert verify_scores(make_reward_model(), tmp_path, "mine") == 0
+    put_value_head(tmp_path, bias=0.501)
+    with pytest.raises(ModelError, match="is not the reward model that was trained"):
+        verify_scores(make_reward_model(), tmp_path, "mine")
+
+
+def test_no_number_is_no_distance() -> None:
+    for scores in ([1.0, math.nan], [math.nan, 1.0]):
+        assert math.isnan(score_distance([1.0, 1.0], scores))
 
 
 def test_no_probe_a_language_models_and_a_damaged_one(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prefkit.config import load_config
+from prefkit.config.uses import EXPORT
 from prefkit.runs.report import make_console
 from prefkit.runs.reward_model import load_reward_model
+from prefkit.serve.export import export
+from prefkit.serve.load import read_use_config
 from prefkit.train.run import train
 from tests.slow.test_demo import ROOT, swap
 
@@ -91,9 +94,27 @@ def check_the_server(folder: Path) -> None:
     assert templated.json()["rewards"] == pytest.approx(expected, abs=1e-5)
 
 
+def check_export(run: Path, folder: Path) -> None:
+    """Plain transformers gives the scores of each held-out pair that the run wrote."""
+    export(read_use_config(str(run), [f"export_dir={folder}"], EXPORT).config, lambda text: None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    pairs = json.loads((ROOT / "data" / "dpo_en_demo_heldout.json").read_text())
+    lines = [json.loads(line) for line in (run / "generated_predictions.jsonl").read_text().splitlines()]
+    for pair, line in zip(pairs, lines, strict=True):
+        question = {"role": "user", "content": pair["conversations"][0]["value"]}
+        answers = [{"role": "assistant", "content": pair[it]["value"]} for it in ("chosen", "rejected")]
+        turns = [[question, answer] for answer in answers]
+        inputs = tokenizer.apply_chat_template(turns, padding=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            scores = model(inputs["input_ids"], inputs["attention_mask"]).logits[:, 0].tolist()
+        assert scores == pytest.approx([line["chosen"], line["rejected"]], abs=1e-4)
+
+
 def test_held_out_accuracy_and_that_of_flipped_labels(tmp_path: Path) -> None:
     assert held_out_accuracy(tmp_path / "reward") >= 0.9
     check_the_server(tmp_path / "reward")
+    check_export(tmp_path / "reward", tmp_path / "model")
     data = swap(tmp_path / "data")
     flipped = ["do_predict=false", f"dataset_dir={data}"]
     assert held_out_accuracy(tmp_path / "flipped", *flipped) <= 0.2

@@ -17,17 +17,19 @@ from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, pack
 from prefkit.data.readers import DataError
 from prefkit.data.splitting import split
+from prefkit.model import partners
 from prefkit.model.architecture import read_architecture
 from prefkit.model.attention import use_shared_prompts
+from prefkit.model.partners import judged_logps
 from prefkit.model.policy import attach_logps_forward, response_logps
 from prefkit.model.reference import FrozenModel
 from prefkit.objectives.kto import kto_loss
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
-from prefkit.train import kto
+from prefkit.train import policy
 from prefkit.train.guard import NotFinite
 from prefkit.train.kto import KtoStage
 from prefkit.train.stages import IdentityError
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
@@ -52,9 +54,12 @@ class GivenReference:
         return sum_by_response(REFERENCE, OWNER, 4)
 
 
-def compute(monkeypatch: pytest.MonkeyPatch, gather: Any = None, **method: Any) -> Any:
-    monkeypatch.setattr(kto, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
-    stage = KtoStage(MethodConfig(stage="kto", **method), GivenReference(), torch.float32)
+def given_policy(model: Any, batch: Any) -> ResponseLogps:
+    return sum_by_response(POLICY, OWNER, 4)
+
+
+def compute(gather: Any = None, **method: Any) -> Any:
+    stage = KtoStage(MethodConfig(stage="kto", **method), GivenReference(), given_policy, torch.float32)
     stage.gather = gather or stage.gather
     return stage.compute(torch.nn.Module(), BATCH)
 
@@ -63,9 +68,9 @@ def s(x: float) -> float:
     return torch.tensor(x).sigmoid().item()
 
 
-def test_numbers_derived_by_hand(monkeypatch) -> None:
+def test_numbers_derived_by_hand() -> None:
     """Log-ratios 2 and -1; of partners 1 and 3, so that z is 2."""
-    output = compute(monkeypatch, pref_beta=0.5)
+    output = compute(pref_beta=0.5)
     assert output.losses.tolist() == pytest.approx([1 - s(0.0), 1 - s(1.5)])
     assert output.metrics["rewards"].tolist() == [1.0, -0.5]
     assert output.metrics["logps"].tolist() == [-3.0, -4.0]
@@ -73,26 +78,25 @@ def test_numbers_derived_by_hand(monkeypatch) -> None:
     assert output.metrics["desirable"].tolist() == [1.0, 0.0]
 
 
-def test_kto_weights_are_those_of_the_labels(monkeypatch) -> None:
-    plain = compute(monkeypatch).losses
-    weighed = compute(monkeypatch, kto_chosen_weight=2.0, kto_rejected_weight=0.5).losses
+def test_kto_weights_are_those_of_the_labels() -> None:
+    plain = compute().losses
+    weighed = compute(kto_chosen_weight=2.0, kto_rejected_weight=0.5).losses
     assert (weighed / plain).tolist() == pytest.approx([2.0, 0.5])
 
 
-def test_pref_ftx_adds_the_mean_likelihood_of_desirable(monkeypatch) -> None:
-    added = compute(monkeypatch, pref_ftx=2.0).losses - compute(monkeypatch).losses
+def test_pref_ftx_adds_the_mean_likelihood_of_desirable() -> None:
+    added = compute(pref_ftx=2.0).losses - compute().losses
     assert added.tolist() == pytest.approx([2 * 1.5, 0.0])
 
 
-def test_the_kl_is_of_the_partners_of_all_ranks(monkeypatch) -> None:
+def test_the_kl_is_of_the_partners_of_all_ranks() -> None:
     """Another rank has one partner, of log-ratio 5, and z is (1 + 3 + 5) / 3."""
-    output = compute(monkeypatch, lambda own: torch.cat([own, torch.tensor([5.0, 1.0])]))
+    output = compute(lambda own: torch.cat([own, torch.tensor([5.0, 1.0])]))
     assert output.metrics["kl"].tolist() == [3.0, 3.0]
 
 
-def test_identity_is_checked(monkeypatch) -> None:
-    monkeypatch.setattr(kto, "response_logps", lambda model, batch: sum_by_response(POLICY, OWNER, 4))
-    stage = KtoStage(MethodConfig(stage="kto"), GivenReference(), torch.float32)
+def test_identity_is_checked() -> None:
+    stage = KtoStage(MethodConfig(stage="kto"), GivenReference(), given_policy, torch.float32)
     stage.expects_identity = True
     with pytest.raises(IdentityError, match=r"f:1, f:2.*given by hand"):
         stage.compute(torch.nn.Module(), BATCH)
@@ -110,9 +114,8 @@ def make_stage(layout: Layout) -> tuple[KtoStage, Any]:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    return KtoStage(
-        MethodConfig(stage="kto"), FrozenModel(other, "other", False, nullcontext), torch.float32
-    ), model
+    reference = FrozenModel(other, "other", False, nullcontext)
+    return KtoStage(MethodConfig(stage="kto"), reference, judged_logps, torch.float32), model
 
 
 def make_batch(layout: Layout) -> dict[str, Any]:
@@ -295,20 +298,21 @@ def test_a_margin_column_is_refused(write_config: Write, dataset_dir: Path) -> N
         run(write_config(**KEYS))
 
 
+@pytest.mark.parametrize("forward", [0, 1], ids=["of the judged", "of the partners"])
 def test_out_of_memory_changes_nothing(
-    write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: int
 ) -> None:
-    """Batches of four, one label in the second half of some, whose first forward fails once."""
+    """Batches of four, one label in the second half of some, of the first of which a forward fails once."""
     keys = KEYS | {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 1.0}
     run(write_config(**keys))
-    original, calls = kto.response_logps, iter(range(10**6))
+    original, calls = partners.response_logps, iter(range(10**6))
 
-    def fails_once(model: Any, batch: Any) -> ResponseLogps:
-        if torch.is_grad_enabled() and next(calls) == 0:
+    def fails_once(*args: Any) -> ResponseLogps:
+        if next(calls) == forward:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(model, batch)
+        return original(*args)
 
-    monkeypatch.setattr(kto, "response_logps", fails_once)
+    monkeypatch.setattr(partners, "response_logps", fails_once)
     printed = run(write_config(**keys, output_dir=str(tmp_path / "pieces")))
     assert "computed in 2 pieces, with the same gradients" in printed
     one, two = weights(tmp_path / "out"), weights(tmp_path / "pieces")
@@ -322,16 +326,32 @@ def test_out_of_memory_changes_nothing(
 def test_a_partner_that_is_not_finite_ends_the_run(
     write_config: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = kto.response_logps, iter(range(10**6))
+    original, calls = judged_logps, iter(range(10**6))
 
     def spoiled(model: Any, batch: Any) -> ResponseLogps:
         found = original(model, batch)
         found.logps[1] += float("nan") if next(calls) == 1 else 0.0
         return found
 
-    monkeypatch.setattr(kto, "response_logps", spoiled)
+    monkeypatch.setattr(policy, "judged_logps", spoiled)
     with pytest.raises(NotFinite, match=r"kto, step 2.*\n.*partner's logps is NaN for .*judged.json:\d+"):
         run(write_config(**KEYS))
+
+
+def test_where_log_probs_depend_on_the_batch_policy_and_reference_have_the_same(
+    write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Angles that follow the longest row: apart, responses have others than in the reference's batch."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = make_model(rope_parameters=rope, max_position_embeddings=32)
+    model.save_pretrained(tmp_path / "dynamic")
+    make_tokenizer().save_pretrained(tmp_path / "dynamic")
+    config = write_config(**KEYS, model_name_or_path=str(tmp_path / "dynamic"))
+    run(config)
+    assert losses(tmp_path / "out")[0] == pytest.approx(0.5, abs=1e-4)
+    monkeypatch.setattr(policy, "response_logps", judged_logps)
+    with pytest.raises(IdentityError):
+        run(write_config(**KEYS, model_name_or_path=str(tmp_path / "dynamic"), overwrite_output_dir=True))
 
 
 @forks
