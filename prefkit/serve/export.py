@@ -18,7 +18,8 @@ from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
 from prefkit.model.probe import TOLERANCE, Probe, compare, distance, measure, read_probe
 from prefkit.runs.record import RECORD_FILE, library_versions, read_record
-from prefkit.serve.load import load_model, usage_of
+from prefkit.runs.use import usage_of
+from prefkit.serve.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

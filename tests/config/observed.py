@@ -61,6 +61,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_full_trains_every_weight": "finetuning_type",
         "test_numbers_of_trained_and_frozen_weights": "pure_bf16",
     },
+    "tests/runs/test_use.py": {
+        "test_a_training_yaml_talks_to_its_base": "stage",
+    },
     "tests/serve/test_assistant.py": {
         "test_greedy_answer_is_that_of_generate": "do_sample",
         "test_one_token_to_draw_from_is_the_likeliest": "temperature top_p top_k",
@@ -74,7 +77,6 @@ _TESTS: dict[str, dict[str, str]] = {
     },
     "tests/serve/test_load.py": {
         "test_the_template_is_the_one_of_the_training": "template",
-        "test_a_training_yaml_talks_to_its_base": "stage",
     },
     "tests/train/test_arguments.py": {
         "test_checkpointing_has_one_switch_and_two_names": "disable_gradient_checkpointing "
