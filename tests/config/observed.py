@@ -10,8 +10,10 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_allowed_to_check": "reward_model reward_model_type "
-        "reward_model_adapters ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
+        "test_allowed_to_check": "reward_model reward_model_type reward_model_adapters reward_function "
+        "reward_weights reward_timeout reward_retries ppo_buffer_size ppo_epochs ppo_group_size "
+        "ppo_score_norm ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda "
+        "ppo_clip ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset rollout_engine",
         "test_error": "reward_model_quantization_bit label_smoothing_factor neftune_noise_alpha deepspeed "
         "fsdp",
     },
