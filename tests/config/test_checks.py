@@ -374,7 +374,7 @@ def test_a_function_is_named_by_its_file(load, written, is_one):
     ],
 )
 def test_vllm_takes_a_model_from_its_folder_with_plain_lora(load, line):
-    with pytest.raises(ConfigError, match="rollout_engine: vllm .*write rollout_engine: transformers"):
+    with pytest.raises(ConfigError, match=r"rollout_engine: vllm .*write rollout_engine: transformers"):
         load(f"{JUDGED}rollout_engine: vllm\n{line}", CHECKING)
     assert load(f"{JUDGED}{line}", CHECKING)
 
