@@ -116,41 +116,52 @@ class RewardConfig:
 
     reward_model: str | None = key(
         None,
-        "Folder of the reward model, its Hugging Face id, or the address of a server of scores.",
+        "Folder of the reward model, its Hugging Face id, or the address of a server of scores, whose token "
+        "is read from the environment variable REWARD_API_KEY.",
         stages=("ppo",),
     )
     reward_model_type: str = key(
         "lora",
-        "What reward_model is: an adapter of the model that is trained (lora), a whole model (full), or a "
-        "server (api).",
+        "What reward_model is: an adapter of the model that is trained (lora), a whole model beside it "
+        "(full), or a server (api).",
         choices=("lora", "full", "api"),
         stages=("ppo",),
     )
     reward_model_adapters: tuple[str, ...] = key(
-        (), "Adapters merged into reward_model, in this order.", stages=("ppo",)
+        (),
+        "Adapters put upon a reward_model of type full, in this order; the last one brings the head for "
+        "scores.",
+        stages=("ppo",),
     )
     reward_function: str | None = key(
         None,
-        "A Python function that scores responses, as path/to/file.py:name: given lists of prompts and "
-        "responses, it returns a number for each. reward_model is then optional.",
+        "A Python function that scores responses, as path/to/file.py:name, beside reward_model or instead of "
+        "it; given a list of prompts, each a list of chat messages, and a list of responses as texts, it "
+        "returns a number for each.",
         stages=("ppo",),
     )
     reward_weights: tuple[float, ...] = key(
         (),
-        "Weights of reward_model and reward_function, in this order, whose scores are summed; 1 each.",
+        "Weights of reward_model and reward_function, in this order, whose weighted scores are added; 1 each "
+        "where absent.",
         stages=("ppo",),
     )
     reward_timeout: float = key(
-        60.0, "Seconds that a server of scores may take for a request.", above=0, stages=("ppo",)
+        60.0, "Seconds in which a server of scores must have answered a request.", above=0, stages=("ppo",)
     )
     reward_retries: int = key(
         5,
-        "How often a request to a server of scores is sent again where it may help.",
+        "How often a request to a server of scores is sent again when it was not reached, was too slow or "
+        "busy.",
         minimum=0,
         stages=("ppo",),
     )
     reward_model_quantization_bit: int | None = key(
-        None, "Bits of the weights of reward_model: 4 or 8.", minimum=4, maximum=8, stages=("ppo",)
+        None,
+        "Bits of the weights of a reward_model of type full: 4 or 8.",
+        minimum=4,
+        maximum=8,
+        stages=("ppo",),
     )
 
 
@@ -195,8 +206,8 @@ class PpoConfig:
     ppo_value_coefficient: float = key(0.1, "Weight of the value loss.", minimum=0, stages=("ppo",))
     ppo_ptx: float = key(
         0.0,
-        "Weight of the negative log-likelihood, per token, of the answers in ppo_ptx_dataset, a batch of which "
-        "goes along with each of responses.",
+        "Weight of the negative log-likelihood, per token, of the answers in ppo_ptx_dataset, a batch of "
+        "which goes along with each of responses.",
         minimum=0,
         stages=("ppo",),
     )
@@ -205,7 +216,7 @@ class PpoConfig:
     )
     rollout_engine: str = key(
         "transformers",
-        "What draws the responses.",
+        "What draws the responses: the model that is trained, or a vLLM engine with its weights.",
         choices=("transformers", "vllm"),
         stages=("ppo",),
     )

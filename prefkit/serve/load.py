@@ -1,27 +1,25 @@
-"""From a run, an adapter, a model or a YAML to a model that is ready for use, as it was trained."""
+"""From the config of a use to a model that is ready for it, as it was trained."""
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import json
 import logging
 import re
 from collections.abc import Sequence
+=======
+>>>>>>> judges
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkit.config.errors import UserError
-from prefkit.config.load import LoadedConfig, load_config, load_use_config
-from prefkit.config.rules import Rules
 from prefkit.config.schema import UseConfig
-from prefkit.config.source import read_file
-from prefkit.config.uses import SCORING
-from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 
 if TYPE_CHECKING:
     from prefkit.data.template import ChatTemplate
     from prefkit.serve.assistant import Assistant
 
+<<<<<<< HEAD
 logger = logging.getLogger(__name__)
 
 # What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
@@ -115,6 +113,8 @@ def usage_of(config: UseConfig, is_adapter: bool = False, scores: bool = False) 
     values = vars(config.data) | vars(config.model)
     return {name: values[name] for name in names}
 
+=======
+>>>>>>> judges
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -10,8 +10,10 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_allowed_to_check": "reward_model reward_model_type "
-        "reward_model_adapters ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
+        "test_allowed_to_check": "reward_model reward_model_type reward_model_adapters reward_function "
+        "reward_weights reward_timeout reward_retries ppo_buffer_size ppo_epochs ppo_group_size "
+        "ppo_score_norm ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda "
+        "ppo_clip ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset rollout_engine",
         "test_error": "reward_model_quantization_bit label_smoothing_factor neftune_noise_alpha deepspeed "
         "fsdp",
     },
@@ -61,6 +63,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_full_trains_every_weight": "finetuning_type",
         "test_numbers_of_trained_and_frozen_weights": "pure_bf16",
     },
+    "tests/runs/test_use.py": {
+        "test_a_training_yaml_talks_to_its_base": "stage",
+    },
     "tests/serve/test_assistant.py": {
         "test_greedy_answer_is_that_of_generate": "do_sample",
         "test_one_token_to_draw_from_is_the_likeliest": "temperature top_p top_k",
@@ -77,7 +82,6 @@ _TESTS: dict[str, dict[str, str]] = {
     },
     "tests/serve/test_load.py": {
         "test_the_template_is_the_one_of_the_training": "template",
-        "test_a_training_yaml_talks_to_its_base": "stage",
     },
     "tests/train/test_arguments.py": {
         "test_checkpointing_has_one_switch_and_two_names": "disable_gradient_checkpointing "
