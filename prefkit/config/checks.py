@@ -379,7 +379,7 @@ NEEDS = (
 )  # fmt: skip
 
 _TRAINABLE = (
-    Check("stage_later", ("stage",), lambda v: v.stage == "ppo",
+    Check("stage_later", ("stage",), lambda v: False,
           "{stage} is not in this version of prefkit: write dpo, kto or rm; `prefkit check` reads the data "
           "of {stage}"),
 )  # fmt: skip

@@ -60,7 +60,7 @@ def _answer(rollouts: RolloutSource, rows: Sequence[TokenizedExample]) -> Iterat
     kls = rollouts.measured(pack(answered, rollouts.policy.layout).to_dict())["kls"].tolist()
     for row, (score,), kl, (end,) in zip(answered, scores, kls, ended, strict=True):
         ids = row.response_ids[0]
-        text = rollouts.template.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = rollouts.text_of(ids).strip()
         yield JudgedAnswer(row.source, row.question, text, score, kl, len(ids), end)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -277,6 +277,10 @@ class RolloutSource:
         ]
         return answered, [it.ended for it in sampled]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """A response as text without control tokens."""
+        return cast("str", self.template.tokenizer.decode(ids, skip_special_tokens=True))
+
     def judge_rows(
         self, rows: Sequence[TokenizedExample], ended: Sequence[Sequence[bool]]
     ) -> list[list[float]]:
@@ -285,8 +289,7 @@ class RolloutSource:
         for row, ends in zip(rows, ended, strict=True):
             prompt, tools = read_conversation(row.conversation)
             for ids, end in zip(row.response_ids, ends, strict=True):
-                text = self.template.tokenizer.decode(ids, skip_special_tokens=True)
-                answered.append(Answered(prompt, tools, row.prompt_ids, ids, end, text))
+                answered.append(Answered(prompt, tools, row.prompt_ids, ids, end, self.text_of(ids)))
         scores = iter(self.judge.score(answered))
         return [[next(scores) for _ in row.response_ids] for row in rows]
 

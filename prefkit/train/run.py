@@ -131,7 +131,7 @@ def _train(
     identity = identify(config, template, data, weights, args.world_size)
     if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
         console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
-    if config.method.stage == "ppo":
+    if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
         count_in_rollouts(config, args, len(data.train))
     policy = build_policy(config, args, tokenizer, console.print)
     reference: Reference | None = None
@@ -187,7 +187,7 @@ def _build_trainer(
     stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
     rollouts = None
     if isinstance(stage, PpoStage):
-        assert reference is not None
+        assert reference is not None and not isinstance(data.train, StreamedRows)
         judge = build_judge(config, policy.model, template, console.print)
         console.print(f"Judge: {judge.name}.")
         rollouts = RolloutSource(config, args, policy, reference, judge, template, data.train, stage)
