@@ -61,9 +61,13 @@ def evaluation_prefix(logs: dict[str, float]) -> str | None:
 
 
 class LogFile(TrainerCallback):
-    """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation."""
+    """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation.
 
-    def __init__(self) -> None:
+    A step of the file is one of the YAML: so many `updates` of the Trainer.
+    """
+
+    def __init__(self, updates: int = 1) -> None:
+        self.updates = updates
         self.started, self.first_step = time.time(), 0
 
     def on_train_begin(
@@ -73,7 +77,7 @@ class LogFile(TrainerCallback):
         self.started, self.first_step = time.time(), state.global_step
         if state.is_world_process_zero:
             written = sum(1 for logs in state.log_history if _numbers_of(logs))
-            _keep_lines(_log_file(args), state.global_step, written)
+            _keep_lines(_log_file(args), state.global_step // self.updates, written)
             _keep_lines(_log_file(args).with_name(SPIKE_FILE), state.global_step)
 
     def on_log(
@@ -88,7 +92,11 @@ class LogFile(TrainerCallback):
         numbers = _numbers_of(logs or {})
         if not state.is_world_process_zero or not numbers:
             return
-        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps, **numbers}
+        steps = {
+            "current_steps": state.global_step // self.updates,
+            "total_steps": state.max_steps // self.updates,
+        }
+        line: dict[str, Any] = {**steps, **numbers}
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
@@ -135,10 +143,14 @@ def _step_of(line: str) -> float:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, margin and the like of the newest step; plain lines where there is no terminal."""
+    """A bar with loss, margin and the like of the newest step; plain lines where there is no terminal.
 
-    def __init__(self, console: Console) -> None:
+    A step of the bar is one of the YAML: so many `updates` of the Trainer.
+    """
+
+    def __init__(self, console: Console, updates: int = 1) -> None:
         self.console = console
+        self.updates = updates
         self.trainer: PrefTrainer | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -153,8 +165,8 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self.task = self.progress.add_task("train", total=state.max_steps, numbers="")
-        self.progress.update(self.task, completed=state.global_step)
+        self.task = self.progress.add_task("train", total=state.max_steps // self.updates, numbers="")
+        self.progress.update(self.task, completed=state.global_step // self.updates)
         if self.console.is_terminal:
             self.progress.start()
 
@@ -163,7 +175,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Move the bar."""
         numbers = _numbers(self.trainer.latest) if self.trainer else ""
-        self.progress.update(self.task, completed=state.global_step, numbers=numbers)
+        self.progress.update(self.task, completed=state.global_step // self.updates, numbers=numbers)
 
     def on_log(
         self,
@@ -175,7 +187,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Print a line for the log where no bar can move, and for each evaluation."""
         logs = logs or {}
-        step = f"step {state.global_step}/{state.max_steps}"
+        step = f"step {state.global_step // self.updates}/{state.max_steps // self.updates}"
         if (prefix := evaluation_prefix(logs)) is not None:
             name = prefix.removeprefix("eval_").removesuffix("_")
             self.console.print(f"{step}  held out{name and f' ({name})'}: {_numbers(logs, prefix)}")

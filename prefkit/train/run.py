@@ -62,7 +62,7 @@ from prefkit.train.policy import Policy, build_policy, choose_policy_logps
 from prefkit.train.ppo import PpoStage
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.reward import RewardStage
-from prefkit.train.rollouts import RolloutSource, count_in_rollouts
+from prefkit.train.rollouts import RolloutSource, count_in_rollouts, updates_per_rollout
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
@@ -191,7 +191,8 @@ def _build_trainer(
         judge = build_judge(config, policy.model, template, console.print)
         console.print(f"Judge: {judge.name}.")
         rollouts = RolloutSource(config, args, policy, reference, judge, template, data.train, stage)
-    bar = ProgressBar(console)
+    updates = updates_per_rollout(config) if rollouts is not None else 1
+    bar = ProgressBar(console, updates)
     trainer = PrefTrainer(
         policy.model,
         args,
@@ -206,7 +207,7 @@ def _build_trainer(
     )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogFile())
+    trainer.add_callback(LogFile(updates))
     trainer.add_callback(bar)
     if isinstance(reference, CachedReference):
         trainer.add_callback(KeepReferenceLogps(reference.store))
