@@ -61,7 +61,7 @@ class ModelJudge:
         """The tokens as they were drawn. Whichever token has ended the turn, it is the template's end that
         stands there."""
         closing = self.scorer.template.closing
-        ids = [*one.response_ids[:-1], *closing] if one.ended and closing else one.response_ids
+        ids = [*one.response_ids[:-1], *closing] if one.ended else one.response_ids
         return fit_row(one.prompt_ids, ids, self.scorer.max_length)
 
     def _write(self, one: Answered) -> TokenizedExample:
