@@ -66,12 +66,9 @@ class Connection:
         self._token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not self._token.isascii() or not self._token.isprintable():
             raise UserError(f"{TOKEN_VARIABLE}: a token is plain letters, digits and signs")
-        headers = {"User-Agent": f"prefkit/{__version__}"}
-        headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        is_here = self.url.host in _LOOPBACK or self.url.host.startswith("127.")
-        self._client = httpx.Client(
-            headers=headers, timeout=timeout, trust_env=not is_here, follow_redirects=False
-        )
+        self._headers = {"User-Agent": f"prefkit/{__version__}"}
+        self._headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        self._is_here = self.url.host in _LOOPBACK or self.url.host.startswith("127.")
 
     def send(self, method: str, url: httpx.URL, fields: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body of the answer. Raises `JudgeFailed` when there is none within the retries."""
@@ -95,7 +92,7 @@ class Connection:
     def _send_once(self, method: str, url: httpx.URL, fields: dict[str, Any] | None) -> tuple[int, bytes]:
         deadline = time.monotonic() + self.timeout
         try:
-            with self._client.stream(method, url, json=fields) as response:
+            with self._open() as client, client.stream(method, url, json=fields) as response:
                 if response.status_code in _BUSY:
                     raise _Retryable(f"it answers with status {response.status_code}", _asked_wait(response))
                 body = bytearray()
@@ -114,6 +111,12 @@ class Connection:
             raise _Retryable(f"the connection failed ({error})") from error
         except httpx.HTTPError as error:  # of a proxy or an encoding, say, which the same request meets again
             raise JudgeFailed(f"reward_model: {self.name}: {type(error).__name__}: {error}") from error
+
+    def _open(self) -> httpx.Client:
+        """A client for one request: a rollout takes longer than a server keeps a connection."""
+        return httpx.Client(
+            headers=self._headers, timeout=self.timeout, trust_env=not self._is_here, follow_redirects=False
+        )
 
     def said(self, body: bytes) -> str:
         """The beginning of an answer, for a message, without the token that it may repeat."""
