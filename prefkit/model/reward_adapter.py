@@ -108,11 +108,23 @@ def load_reward_adapter(policy: PeftModel, folder: Path, max_length: int, name: 
     with torch.random.fork_rng(devices=[]):  # new layers draw their first weights
         _add(policy, lora, tensors, name)
         shell = _share_decoder(base, head, name)
-    with switched_to(policy, REWARD), plain_attention(base):
-        proof = verify_scores(shell, folder, name)
+    proof = _verify(policy, shell, folder, name)
     obstacle = read_architecture(base.config).find_obstacle(max_length)
     layout: Layout = "shared" if shares_prompts(base) and not obstacle else "repeat"
     return RewardAdapter(policy, RewardModel(shell, layout, bias, proof))
+
+
+def _verify(policy: PeftModel, shell: PreTrainedModel, folder: Path, name: str) -> float | None:
+    """As `verify_scores`, saying what else to do."""
+    try:
+        with switched_to(policy, REWARD), plain_attention(base_of(policy)):
+            return verify_scores(shell, folder, name)
+    except ModelError as error:
+        numbers = str(shell.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{error} Here it stands upon the policy's weights, in {numbers}; reward_model_type: full reads "
+            "it upon the base and in the numbers of its training."
+        ) from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -240,7 +240,8 @@ def test_another_base_is_known_by_the_probe(tiny_model: Path, rater: Path, tmp_p
     tensors = load_file(tmp_path / "other" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"rater on \S+other is not the reward model that was trained"):
+    message = r"rater on \S+other is not the reward model that was trained.*in float32; .*type: full reads"
+    with pytest.raises(ModelError, match=message):
         load(make_policy(tmp_path / "other"), rater)
     without_probe(rater)
     assert load(make_policy(tmp_path / "other"), rater).proof is None
