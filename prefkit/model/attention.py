@@ -366,6 +366,11 @@ def use_shared_prompts(model: PreTrainedModel, flash_attn: str = "auto") -> None
     model.set_attn_implementation(name)
 
 
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model computes attention by `segments`."""
+    return bool(model.config._attn_implementation.startswith(NAME))
+
+
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """The attention that the model had of its own within the block, for generation."""

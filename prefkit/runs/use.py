@@ -39,7 +39,7 @@ def read_use_config(source: str | None, overrides: Sequence[str], rules: Rules) 
         raise UserError(f"{source} does not exist")
     defaults = _defaults_of(source) if source and file is None else {}
     loaded = load_use_config(file, overrides, defaults, rules)
-    recorded = _usage(Path(loaded.config.model.trained_last))
+    recorded = recorded_usage(Path(loaded.config.model.trained_last))
     return load_use_config(file, overrides, {**recorded, **defaults}, rules)
 
 
@@ -84,7 +84,7 @@ def _run_folder(folder: Path) -> Path:
     return folder.parent if is_checkpoint else folder
 
 
-def _usage(folder: Path) -> dict[str, Any]:
+def recorded_usage(folder: Path) -> dict[str, Any]:
     """How the model in a run's folder, or exported from one, is to be used; empty for other folders."""
     folder = _run_folder(folder)
     if (folder / CONFIG_FILE).is_file():
