@@ -1,9 +1,9 @@
 """Tokens per second of a rollout, against transformers' `generate` on the same prompts.
 
 16 prompts and exactly 64 tokens a response, drawn with prefkit's default keys; prompts as they are in the
-data set, or 500 tokens of its text. The three ways take turns. Before each turn the script waits until the
-machine is idle, and it notes which share of the processors others took meanwhile: `others`. The figure is the
-median of the turns, of those with the least disturbance if there are enough.
+data set, or 500 tokens of its text; the model alone, or with a LoRA adapter in fp32. The three ways take
+turns. Before each turn the script waits until the machine is idle, and it notes which share of the processors
+others took meanwhile: `others`. The figure is the median of the turns, of the calm ones if there are enough.
 
     python benchmarks/rollout.py [--model DIR] [--data FILE] [--repeats 5] [--output FILE]
 """
@@ -18,19 +18,23 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig as GenerateConfig
 
 from prefkit.config.schema import GenerationConfig
+from prefkit.model.adapter import linear_names
 from prefkit.model.rollout import Stream, sample_responses
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, TOKENS, LONG = 16, 64, 500
-CASES = ((4, False), (1, False), (4, True))  # responses to a prompt, and whether prompts are long
+# Responses to a prompt, whether prompts are long, whether there is an adapter.
+CASES = ((4, False, False), (1, False, False), (4, True, False), (4, False, True))
 CALM = 0.05  # share of the processors
 
 
@@ -41,6 +45,7 @@ class Measured:
     dtype: str
     responses: int
     prompt_tokens: list[int]
+    adapter: bool
     way: str
     rates: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
@@ -127,27 +132,39 @@ def wait_until_calm(patience: float) -> None:
         time.sleep(3)
 
 
+def load(args: argparse.Namespace, dtype: str, adapter: bool) -> Any:
+    """The model, if asked for with an adapter on all of its linear layers that is not zero."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype))
+    if adapter:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=8, target_modules=sorted(linear_names(model)), init_lora_weights=False)
+        model = get_peft_model(model, lora)
+    return model.eval()
+
+
 def measure(
-    model: Any, tokenizer: Any, args: argparse.Namespace, responses: int, long: bool
+    args: argparse.Namespace, dtype: str, responses: int, long: bool, adapter: bool
 ) -> list[Measured]:
     """All ways in one case."""
-    prompts = read_prompts(tokenizer, args.data, long)
+    model = load(args, dtype, adapter)
+    prompts = read_prompts(AutoTokenizer.from_pretrained(args.model), args.data, long)
     ways: dict[str, Callable[[], None]] = {
         "generate, dynamic cache": lambda: with_generate(model, prompts, responses, "dynamic"),
         "generate, static cache": lambda: with_generate(model, prompts, responses, "static"),
         "prefkit": lambda: with_prefkit(model, prompts, responses),
     }
-    dtype = str(model.dtype).removeprefix("torch.")
     lengths = [len(prompt) for prompt in prompts]
-    found = {way: Measured(dtype, responses, lengths, way) for way in ways}
+    found = {way: Measured(dtype, responses, lengths, adapter, way) for way in ways}
     for _ in range(args.repeats):
         for way, run in ways.items():
             wait_until_calm(args.patience)
             seconds, others = timed(run)
-            found[way].rates.append(round(len(prompts) * responses * TOKENS / seconds, 1))
+            rate = len(prompts) * responses * TOKENS / seconds
+            found[way].rates.append(round(rate, 1))
             found[way].others.append(round(others, 3))
             print(
-                f"{dtype} {responses} {way}: {found[way].rates[-1]} tokens/s, others {others:.0%}", flush=True
+                f"{dtype} {responses} {long} {adapter} {way}: {rate:.0f} tokens/s, others {others:.0%}",
+                flush=True,
             )
     return list(found.values())
 
@@ -161,22 +178,17 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait for an idle machine")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "rollout.json"))
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    results: list[Measured] = []
-    for dtype in args.dtypes:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).eval()
-        for responses, long in CASES:
-            results += measure(model, tokenizer, args, responses, long)
+    results = [each for dtype, case in product(args.dtypes, CASES) for each in measure(args, dtype, *case)]
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     told = {"machine": machine, "torch": torch.__version__, "tokens": TOKENS}
     rows = [{**asdict(result), "rate": result.rate} for result in results]
     Path(args.output).write_text(json.dumps({**told, "results": rows}, indent=1) + "\n")
     for plain, static, ours in zip(results[::3], results[1::3], results[2::3], strict=True):
         ratio = ours.rate / max(plain.rate, static.rate)
-        print(
-            f"{ours.dtype:9} {PROMPTS} x {ours.responses}, {statistics.mean(ours.prompt_tokens):.0f}-token prompts: "
-            f"generate {plain.rate:.0f} / {static.rate:.0f}, prefkit {ours.rate:.0f} tokens/s, {ratio:.2f} x"
-        )
+        case = f"{PROMPTS} x {ours.responses}, prompts of {statistics.mean(ours.prompt_tokens):.0f}"
+        case += ", adapter" if ours.adapter else ""
+        rates = f"generate {plain.rate:.0f} / {static.rate:.0f}, prefkit {ours.rate:.0f} tokens/s"
+        print(f"{ours.dtype:9} {case}: {rates}, {ratio:.2f} x")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A prompt goes through the model once for all of its responses. Each response has
 which follow from (seed, rollout, prompt, response), so that it depends neither on what else is in the batch
 nor on the rank that draws it. Logits may differ in their last digits between batches of another shape;
 where a draw falls that close to the boundary between two tokens, the response is another from there on.
+Models whose log-probs depend on the batch (`batch_dependence`), or that scale queries by the place in the row
+(Llama 4 with `attn_temperature_tuning`), draw by the batch they are in, as with `generate`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Rows that have ended leave the batch once they are this share of it; to copy what stays is not for nothing.
+# Complete rows leave the batch once they are this share of it: what stays has to be copied then.
 _ENDED_SHARE = 1 / 8
 # Models with inputs of their own for images or for stretched positions: for text they are the common ones.
 _COMMON_INPUTS = {"gemma3", "phi3", "bamba", "falcon_h1", "nemotron_h"}
@@ -87,6 +89,7 @@ def sample_responses(
     draws = _Draws(prompts, numbers, num_responses, generation, stop_ids, stream, limits, base.device)
     obstacle = find_expansion_obstacle(base, max(map(len, prompts)) + generation.max_new_tokens)
     run = _decode if obstacle is None else _generate
+    # Not `inference_mode`: what a module keeps for itself meanwhile must be of use in training.
     with torch.no_grad(), evaluating(model), plain_attention(base):
         run(base, draws, all_done)
     return draws.collect()
@@ -110,15 +113,15 @@ def find_expansion_obstacle(model: PreTrainedModel, longest: int) -> str | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block, in which nothing is dropped and nothing recomputed; every module is then
-    again in the mode it was in."""
+    """Eval mode within the block, where nothing is dropped out and no layer is checkpointed; afterwards every
+    module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # a module comes before those within it
+            module.train(training)
 
 
 def _find_limits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
@@ -245,19 +248,14 @@ def _generate(model: PreTrainedModel, draws: _Draws, all_done: Callable[[bool], 
     ids, mask = (
         each.repeat_interleave(draws.num_responses, 0) for each in (draws.prompt_ids, draws.prompt_mask)
     )
-    stop_ids = draws.stop_ids.tolist()
-    config = GenerateConfig(
-        max_new_tokens=draws.drawn.shape[1],
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=stop_ids or None,
-        pad_token_id=0,
-        use_cache=True,
-    )
+    keys = {"do_sample": False, "max_new_tokens": draws.drawn.shape[1], "pad_token_id": 0}
     processors = LogitsProcessorList([_Draw(draws, ids.shape[1])])
-    cast("Any", model).generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-    )
+    before = model.generation_config  # whose penalties and the like would be added to what is asked for
+    model.generation_config = GenerateConfig(**keys, eos_token_id=draws.stop_ids.tolist() or None)
+    try:
+        cast("Any", model).generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+    finally:
+        model.generation_config = before
 
 
 class _Draw(LogitsProcessor):

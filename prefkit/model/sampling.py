@@ -58,7 +58,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, generation: GenerationConfig) -
 
 def _check(numbers: Tensor) -> None:
     if not numbers.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights, or its number format, are")
+        raise FloatingPointError("the logits of the model are not finite, so that no token can be drawn")
 
 
 def _candidates(logits: Tensor, generation: GenerationConfig) -> tuple[Tensor, Tensor | None]:
