@@ -206,14 +206,14 @@ def serve(
     from prefkit.config.uses import SCORING
 
     config = _read_use(source, overrides, SCORING)
-    from prefkit.model.scorer import open_scorer
     from prefkit.serve.http import check_address
+    from prefkit.serve.load import load_scorer
     from prefkit.serve.rewards import serve as run
 
     token = os.environ.get("API_KEY") or None
     check_address(host, token)
     print(f"Loading {config.model.trained_last} ...", flush=True)
-    run(open_scorer(config.model, config.data), host, port, token)
+    run(load_scorer(config), host, port, token)
 
 
 def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:

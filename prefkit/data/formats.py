@@ -473,4 +473,6 @@ def _missing(row: Row, column: str) -> str:
     if column == "instruction" and ("conversations" in row or "messages" in row):
         form = "sharegpt" if "conversations" in row else "openai"
         hint = f"; for conversations dataset_info.json says `formatting: {form}`"
+    if column in ("label", "kto_tag") and row.keys() >= {"chosen", "rejected"}:
+        hint = "; these are pairs, which stages dpo and rm train on"
     return f"column {column!r} is missing; the row has {', '.join(map(repr, row)) or 'no columns'}{hint}"

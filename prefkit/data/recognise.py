@@ -19,7 +19,7 @@ def recognise(row: object, file: object) -> RowFormat:
         raise DataError(f"{file}: its first row is no object with named columns")
     for column in ("conversations", "messages"):
         if isinstance(row.get(column), list):
-            return _of_messages(row[column], column)
+            return _of_messages(row, column)
     if "instruction" in row:
         return RowFormat("alpaca")
     texts = [row.get(name) for name in ("chosen", "rejected")]
@@ -39,11 +39,15 @@ def recognise(row: object, file: object) -> RowFormat:
     )
 
 
-def _of_messages(messages: Any, column: str) -> RowFormat:
-    first = messages[0] if messages else None
-    if isinstance(first, Mapping) and "from" in first:
-        return RowFormat("sharegpt", {"messages": column} if column != "conversations" else {})
-    return RowFormat("openai", {"messages": column} if column != "messages" else {})
+def _of_messages(row: Mapping[str, Any], column: str) -> RowFormat:
+    first = row[column][0] if row[column] else None
+    is_sharegpt = isinstance(first, Mapping) and "from" in first
+    usual = "conversations" if is_sharegpt else "messages"
+    columns = {"messages": column} if column != usual else {}
+    if isinstance(row.get("label"), bool) and "kto_tag" not in row:
+        columns["kto_tag"] = "label"
+    columns |= {name: name for name in ("system", "tools") if columns and name in row}
+    return RowFormat("sharegpt" if is_sharegpt else "openai", columns)
 
 
 def _renamed(row: Mapping[str, Any]) -> dict[str, str]:

@@ -47,17 +47,24 @@ def write_data_report(folder: Path, ledgers: Iterable[Ledger]) -> None:
     replace_text(folder / DATA_FILE, report + "\n")
 
 
+# In the dtype of the training: a score in another has other digits. transformers says that the base's head is
+# new, before peft reads the one that was trained.
 _LOADING_OF_REWARD_ADAPTER = """from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
     model = Model.from_pretrained(
-        "path/to/this/folder", num_labels=1, pad_token_id=tokenizer.pad_token_id
-    )"""
+        "path/to/this/folder", num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype="{dtype}"
+    ).eval()  # the warning that `score` is new comes before the trained one is read
+    messages = [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "Hi."}}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    print(model(inputs["input_ids"]).logits[0, 0].item())"""
 
 
 def write_model_card(
-    folder: Path, base_model: str, facts: str, is_adapter: bool, is_reward: bool = False
+    folder: Path, base_model: str, facts: str, is_adapter: bool, is_reward: bool = False, dtype: str = "auto"
 ) -> None:
-    """Write `README.md`: what the adapter or model is, and how to load it."""
+    """Write `README.md`: what the adapter or model is, and how to load it; `dtype` is that of an adapter's
+    base in training."""
     kind = "SequenceClassification" if is_reward else "CausalLM"
     what, reader = (
         ("A LoRA adapter of", f"peft import AutoPeftModelFor{kind} as Model")
@@ -67,7 +74,7 @@ def write_model_card(
     loading = 'model = Model.from_pretrained("path/to/this/folder")'
     if is_reward and is_adapter:
         # Both stand in the config of the base, which knows of neither.
-        loading = _LOADING_OF_REWARD_ADAPTER
+        loading = _LOADING_OF_REWARD_ADAPTER.format(dtype=dtype)
     replace_text(
         folder / "README.md",
         f"""---

@@ -52,16 +52,21 @@ def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
         for reason, count in ledger.rejected.items():
             console.print(f"{ledger.name}: {count} rejected: {reason}.")
         if ledger.repeats:
-            console.print(f"{ledger.name}: {_count(ledger.repeats, 'further use')} of rows in an epoch.")
+            console.print(f"{ledger.name}: {count_of(ledger.repeats, 'further use')} of rows in an epoch.")
     trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("pairs", "held_out_pairs"))
     word = "pair"
     if not (trained or held_out):
         trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("trained", "held_out"))
         word = "row"
-    console.print(f"{_count(trained, word)} to train on, {held_out:,} held out.")
+    console.print(f"{count_of(trained, word)} to train on, {held_out:,} held out.")
 
 
-def _count(number: int, word: str) -> str:
+def count_of(number: int, word: str) -> str:
+    """A number of things in words.
+
+    >>> count_of(1, "row"), count_of(2000, "row")
+    ('1 row', '2,000 rows')
+    """
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 

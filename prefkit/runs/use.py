@@ -97,9 +97,12 @@ def recorded_usage(folder: Path) -> dict[str, Any]:
         return {name: config.value(name) for name in names}
     record = read_record(folder)
     usage = record.get("usage", {}) if record else {}
-    return {name: usage[name] for name in _TEMPLATE if name in usage}
+    return {name: usage[name] for name in (*_TEMPLATE, "dtype", *_ADAPTED, *_SCORED) if name in usage}
 
 
-def usage_of(config: UseConfig) -> dict[str, Any]:
-    """What an exported model's record says of its use."""
-    return {name: getattr(config.data, name) for name in _TEMPLATE}
+def usage_of(config: UseConfig, is_adapter: bool = False, scores: bool = False) -> dict[str, Any]:
+    """What the record of an exported model says of its use; of an adapter, what its base is made by too, and
+    of a model that `scores`, how long its rows are."""
+    names = (*_TEMPLATE, *(("dtype", *_ADAPTED) if is_adapter else ()), *(_SCORED if scores else ()))
+    values = vars(config.data) | vars(config.model)
+    return {name: values[name] for name in names}

@@ -12,6 +12,7 @@ from prefkit.config.schema import UseConfig
 
 if TYPE_CHECKING:
     from prefkit.data.template import ChatTemplate
+    from prefkit.model.scorer import Scorer
     from prefkit.serve.assistant import Assistant
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,21 @@ def load_model(config: UseConfig) -> LoadedModel:
     model.requires_grad_(False)
     model.eval()
     return LoadedModel(model, template, verify(model, Path(name), name))
+
+
+def load_scorer(config: UseConfig) -> Scorer:
+    """A reward model to score with. Raises `UserError` for a language model."""
+    from prefkit.model.scorer import open_scorer
+    from prefkit.runs.reward_model import has_value_head, names_reward_model
+
+    model, name = config.model, config.model.trained_last
+    gives_scores = names_reward_model(model) or has_value_head(model)
+    if Path(name).expanduser().is_dir() and not gives_scores:
+        raise UserError(
+            f"{name} is a language model, which writes text and has no head for scores: `prefkit chat "
+            f"{name}` talks to it. A reward model is trained with stage: rm, as in examples/reward.yaml."
+        )
+    return open_scorer(config.model, config.data)
 
 
 def load_assistant(config: UseConfig) -> Assistant:

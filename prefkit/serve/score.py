@@ -38,10 +38,12 @@ from prefkit.files import DiskError, find_fault, free_bytes, fsync, replace_text
 from prefkit.model.adapter import find_adapter
 from prefkit.model.fingerprint import fingerprint
 from prefkit.model.load import find_model, load_tokenizer
-from prefkit.model.scorer import Scorer, open_scorer
+from prefkit.model.scorer import Scorer
+from prefkit.runs.report import count_of
+from prefkit.serve.load import load_scorer
 
 ABOUT_SUFFIX = ".about.json"
-_WINDOW = 64  # rows that are sorted by their length and written together
+_WINDOW = 16  # rows that are sorted by their length and written together
 _TOLD = 10  # how often a run without a terminal says how far it is
 
 
@@ -53,6 +55,7 @@ def score_file(config: UseConfig, data: str, output: Path, console: Console) -> 
     Raises `UserError` when `output` holds something else or is being written, `DataError` for data that
     cannot be read, `ModelError` for what is no reward model, and `DiskError` for a disk that takes no more.
     """
+    _check_place(output)
     (entry,) = find_datasets(config.data.dataset_dir, [data], "scored", config.model.cache_dir)
     if any(file.resolve() == output.resolve() for file in entry.files):
         raise UserError(f"{output} is the file that is scored: write another after -o")
@@ -63,7 +66,6 @@ def score_file(config: UseConfig, data: str, output: Path, console: Console) -> 
     facts = {"models": _fingerprints(config.model), **_of_rows(encoder, entry)}
     total = sum(1 for _ in entry.rows())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with _Lines(output, facts) as lines:
             if lines.finished:
                 console.print(f"{output} is finished: {lines.number:,} rows. Remove it to score them again.")
@@ -71,9 +73,10 @@ def score_file(config: UseConfig, data: str, output: Path, console: Console) -> 
             if lines.number:
                 console.print(f"{lines.number:,} of {total:,} rows are in {output}; going on behind them.")
             console.print(f"Loading {config.model.trained_last} ...")
-            scorer = open_scorer(config.model, config.data)
+            scorer = load_scorer(config)
             if scorer.model.proof is not None:
-                console.print(f"Its scores are those of its training, within {scorer.model.proof:.1e}.")
+                apart = f"within {scorer.model.proof:.0e}" if scorer.model.proof else "exactly"
+                console.print(f"Its scores are those of its training, {apart}.")
             _score(entry, encoder, scorer, lines, total, console)
             console.print(lines.finish())
     except KeyboardInterrupt:
@@ -87,6 +90,14 @@ def score_file(config: UseConfig, data: str, output: Path, console: Console) -> 
             f"{output}: {fault.strerror}. The disk has {show_bytes(free_bytes(output))} free now. "
             "Whole lines stay, and once the disk takes files again the same command goes on behind them."
         ) from error
+
+
+def _check_place(output: Path) -> None:
+    """Raises `UserError` where a file cannot be written."""
+    if output.is_dir():
+        raise UserError(f"-o {output}: that is a folder: name a file, such as {output / 'scores.jsonl'}")
+    if not output.parent.is_dir():
+        raise UserError(f"-o {output}: there is no folder {output.parent}: make it, or write another path")
 
 
 def _fingerprints(config: ModelConfig) -> dict[str, str]:
@@ -121,7 +132,7 @@ def _score(
             bar.update(task, completed=lines.number)
             if not console.is_terminal and lines.number * _TOLD // total > told:
                 told = lines.number * _TOLD // total
-                console.print(f"{lines.number:,} of {total:,} rows scored")
+                console.print(f"{lines.number:,} of {total:,} rows done")
 
 
 def _lines_of(
@@ -190,17 +201,17 @@ class _Summary:
             self.right += line["chosen"] > line["rejected"]
 
     def __str__(self) -> str:
-        parts = [f"{self.rows:,} rows, {self.number:,} scores"]
+        parts = [f"{count_of(self.rows, 'row')}, {count_of(self.number, 'score')}"]
         if self.number:
             parts.append(f"on average {self.total / self.number:.4f}")
         if self.pairs:
             parts.append(f"chosen above rejected in {self.right / self.pairs:.1%} of {self.pairs:,} pairs")
         if self.truncated:
-            parts.append(f"{self.truncated:,} rows cut to cutoff_len")
+            parts.append(f"{count_of(self.truncated, 'row')} cut to cutoff_len")
         text = "; ".join(parts) + "."
         if self.errors:
             most = "; ".join(f"{reason} ({count:,})" for reason, count in self.errors.most_common(5))
-            text += f"\n{self.errors.total():,} rows have no score, and `error` says why: {most}."
+            text += f"\nNo score for {count_of(self.errors.total(), 'row')}; `error` says why: {most}."
         return text
 
 
@@ -233,7 +244,11 @@ class _Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the file, and remove one that nothing was written to."""
         self._stream.close()
+        if not self.number and not self.finished:
+            self.output.unlink()
+            self.about.unlink(missing_ok=True)
 
     def _check(self) -> None:
         """Find what is done, and drop half a line at the end."""
@@ -279,6 +294,7 @@ class _Lines:
         """Force all to the disk and call it finished; what it says in all."""
         fsync(self.output)
         self._describe(finished=True)
+        self.finished = True
         summary = _Summary()
         self._stream.seek(0)
         for line in self._stream:

@@ -20,6 +20,7 @@ from torch import Tensor
 from prefkit.config.schema import RunConfig
 from prefkit.data.conversation import read_conversation
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Label
 from prefkit.data.packing import DRAWN, pack
 from prefkit.data.template import ChatTemplate
 from prefkit.model.generate import stop_ids
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from prefkit.train.trainer import PrefTrainer
+
+
+_SCORED: tuple[Label, ...] = ("scored",)
 
 
 def updates_per_rollout(config: RunConfig) -> int:
@@ -272,14 +276,14 @@ class RolloutSource:
             stream=stream,
         )
         answered = [
-            replace(row, response_ids=it.response_ids, labels=("scored",) * len(it.response_ids), pairs=())
+            replace(row, response_ids=it.response_ids, labels=_SCORED * len(it.response_ids), pairs=())
             for row, it in zip(rows, sampled, strict=True)
         ]
         return answered, [it.ended for it in sampled]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A response as text without control tokens."""
-        return cast("str", self.template.tokenizer.decode(ids, skip_special_tokens=True))
+        return cast("str", self.template.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def judge_rows(
         self, rows: Sequence[TokenizedExample], ended: Sequence[Sequence[bool]]

@@ -306,7 +306,9 @@ class Run:
             write_probe(make_probe(self.policy.model, self._with_answers(rows)), folder)
         facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
-        write_model_card(folder, self.config.model.model_name_or_path, facts, is_adapter, is_reward)
+        base = self.config.model.model_name_or_path
+        dtype = str(self.policy.base.dtype).removeprefix("torch.")
+        write_model_card(folder, base, facts, is_adapter, is_reward, dtype)
 
     def _with_answers(self, rows: list[TokenizedExample]) -> list[TokenizedExample]:
         """The rows as they are, or a few of them with greedy answers, where they are prompts alone."""

@@ -222,8 +222,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         """Metrics of the held-out rows; of a policy that is trained by rollouts, those of its answers."""
         if self.rollouts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        parts = given if isinstance(given, dict) else {"": given}
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        parts: dict[str, Any] = given if isinstance(given, dict) else {"": given}
         metrics: dict[str, float] = {}
         for name, rows in parts.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"

@@ -11,8 +11,11 @@ import pytest
 
 from prefkit.config.schema import DataConfig
 from prefkit.data.examples import Example
+from prefkit.data.formats import make_example
 from prefkit.data.ledger import Ledger
+from prefkit.data.messages import RowError
 from prefkit.data.readers import DataError
+from prefkit.data.recognise import recognise
 from prefkit.data.rows import Encoder, RowReader
 from prefkit.data.sources import DatasetEntry, find_datasets
 from prefkit.data.template import ChatTemplate
@@ -263,3 +266,18 @@ def test_the_hub_through_a_local_stand_in(folder: Path, load, monkeypatch: pytes
     assert online.hub is not None and online.hub.url == "someone/pairs"
     with pytest.raises(DataError, match="hf_hub_url 'someone/none' cannot be read"):
         list(find_datasets("ONLINE", ["someone/none"], "pairs", None)[0].rows())
+
+
+def test_messages_with_a_label_are_judged_responses(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    layout = recognise({"messages": messages, "label": True, "system": "s"}, "f")
+    assert layout.columns == {"kto_tag": "label", "system": "system"}
+    assert make_example({"messages": messages, "label": True}, layout, "judged", "f:1").responses[
+        0
+    ].label == ("desirable")
+
+
+def test_pairs_are_told_from_judged_responses() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(RowError, match="these are pairs, which stages dpo and rm train on"):
+        make_example(row, recognise(row, "f"), "judged", "f:1")

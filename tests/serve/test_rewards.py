@@ -204,12 +204,19 @@ def test_caps_token_and_place(url: str, scorer: Scorer) -> None:
 
 
 def test_more_than_may_wait_is_told_to_come_back(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = threading.Event()
+    busy, free = threading.Event(), threading.Event()
     original: Callable[..., Any] = Scorer.score
-    monkeypatch.setattr(Scorer, "score", lambda self, rows: free.wait(20) and original(self, rows))
+
+    def score(self: Scorer, rows: Any) -> Any:
+        busy.set()
+        free.wait(20)
+        return original(self, rows)
+
+    monkeypatch.setattr(Scorer, "score", score)
     with running(scorer, max_waiting=3) as url, ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, url, TEXTS, messages=["a", "b"])
-        eventually(lambda: post(url, TEXTS, messages=["c", "d"]).status_code == 429)
+        busy.wait(20)
+        assert post(url, TEXTS, messages=["c", "d"]).status_code == 429
         free.set()
         assert len(first.result().json()["scores"]) == 2
 

@@ -96,7 +96,7 @@ def test_every_row_has_its_line(run: Score, capsys: pytest.CaptureFixture[str]) 
         "column 'prompt' is a text, not the number 3",
     ]
     said = capsys.readouterr().out
-    assert "5 rows, 2 scores" in said and "3 rows have no score" in said
+    assert "5 rows, 2 scores" in said and "No score for 3 rows" in said
 
 
 def test_long_rows_are_cut_as_in_training(run: Score, scorer: Scorer) -> None:
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_whole_lines(run: Score, tmp_path: Path, monkeypatch:
         patch.setattr(score._Lines, "add", add)
         with pytest.raises(DiskError, match=r"No space left on device.*goes on behind them"):
             run(rows(150))
-    assert len(read(tmp_path / "scores.jsonl")) == 64
+    assert len(read(tmp_path / "scores.jsonl")) == score._WINDOW
     assert len(run(rows(150))) == 150
 
 
@@ -185,7 +185,7 @@ def test_two_do_not_write_one_file(run: Score, tmp_path: Path) -> None:
 
 def test_a_kill_loses_no_row_and_scores_none_twice(reward_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows(3000)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(1500)))
     output = tmp_path / "scores.jsonl"
     command = [sys.executable, "-m", "prefkit", "score", str(reward_folder), str(file), "-o", str(output)]
     kills = 0
@@ -201,5 +201,34 @@ def test_a_kill_loses_no_row_and_scores_none_twice(reward_folder: Path, tmp_path
         if process.returncode == 0:
             break
     lines = read(output)
-    assert kills >= 2 and [line["row"] for line in lines] == [f"{file}:{n}" for n in range(1, 3001)]
+    assert kills >= 2 and [line["row"] for line in lines] == [f"{file}:{n}" for n in range(1, 1501)]
     assert all("score" in line for line in lines)
+
+
+def test_where_no_file_can_be(run: Score, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"that is a folder: name a file, such as .*scores.jsonl"):
+        run(rows(1), output="folder")
+    with pytest.raises(UserError, match=r"there is no folder .*absent: make it"):
+        run(rows(1), output="absent/scores.jsonl")
+
+
+def test_a_language_model_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps(rows(1)[0]))
+    config = read_use_config(str(tiny_model), [], SCORING).config
+    with pytest.raises(UserError, match="is a language model, which writes text and has no head for scores"):
+        score_file(config, str(tmp_path / "mine.jsonl"), tmp_path / "out.jsonl", make_console())
+    assert [file.name for file in tmp_path.glob("out*")] == []
+
+
+def test_the_yaml_that_trains_a_reward_model_means_what_it_trains(
+    reward_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "reward.yaml"
+    keys = f"model_name_or_path: m\nstage: rm\ndo_train: true\ndataset: d\noutput_dir: {reward_folder}\n"
+    file.write_text(keys)
+    config = read_use_config(str(file), ["cutoff_len=99"], SCORING).config
+    assert (config.model.model_name_or_path, config.data.cutoff_len) == (str(reward_folder), 99)
+    file.write_text(keys.replace(str(reward_folder), str(tmp_path / "absent")))
+    with pytest.raises(UserError, match=r"a reward model in .*absent, which is not there: prefkit train"):
+        read_use_config(str(file), [], SCORING)

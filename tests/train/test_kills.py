@@ -156,7 +156,15 @@ def lab(write_config: Callable[..., Path], tmp_path: Path) -> Callable[[dict[str
     return make
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def rest_is_slow(first: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
+    """Parameters of a test of which `make test` tries the first alone."""
+    return [
+        *first,
+        *(pytest.param(*(it if isinstance(it, tuple) else (it,)), marks=pytest.mark.slow) for it in rest),
+    ]
+
+
+@pytest.mark.parametrize("stage", rest_is_slow(["dpo-sigmoid", "kto", "rm"], ["orpo", "simpo"]))
 def test_five_kills(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
     lab(STAGES[stage]).kill("killed", 5)
 
@@ -238,14 +246,6 @@ def die_before_save(step: int) -> Callable[[], None]:
         checkpoints.PickleFreeCheckpoints._save_checkpoint = save  # type: ignore[method-assign]
 
     return prepare
-
-
-def rest_is_slow(first: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
-    """Parameters of a test of which `make test` tries the first alone."""
-    return [
-        *first,
-        *(pytest.param(*(it if isinstance(it, tuple) else (it,)), marks=pytest.mark.slow) for it in rest),
-    ]
 
 
 @pytest.mark.parametrize("stage", rest_is_slow(["dpo-sigmoid"], ["orpo", "simpo"]))

@@ -16,21 +16,31 @@ from prefkit.config.errors import UserError
 from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model
 from tests.train.runs import losses, read, run, same, unfinish, weights
+from tests.train.test_kills import rest_is_slow
 
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {"finetuning_type": "full"},
-        {"finetuning_type": "full", "bf16": True},
-        {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_extra_modules": "lm_head"},
-        {"finetuning_type": "full", "pure_bf16": True},
-        {"loraplus_lr_ratio": 4.0},
-        {"pissa_init": True, "pissa_iter": 4},
-        {"add_special_tokens": "<|a|>,<|b|>"},
-        {"quantization_bit": 4},
-        {"early_stopping_steps": 3, "eval_dataset": "held_out", "eval_strategy": "steps", "eval_steps": 2},
-    ],
+    rest_is_slow(
+        [
+            {"finetuning_type": "full", "bf16": True},
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_extra_modules": "lm_head"},
+            {"finetuning_type": "full", "pure_bf16": True},
+            {"pissa_init": True, "pissa_iter": 4},
+            {"quantization_bit": 4},
+        ],
+        [
+            {"finetuning_type": "full"},
+            {"loraplus_lr_ratio": 4.0},
+            {"add_special_tokens": "<|a|>,<|b|>"},
+            {
+                "early_stopping_steps": 3,
+                "eval_dataset": "held_out",
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+            },
+        ],
+    ),
     ids=str,
 )
 def test_every_kind_of_training_resumes_bit_for_bit(
