@@ -355,13 +355,13 @@ def save_without_head(policy: PeftModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
-    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != _HEAD_IN_FILE}
+    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != HEAD_IN_FILE}
     config: Any = copy.deepcopy(policy.peft_config[TRAINED])
     config.task_type, config.inference_mode = TaskType.CAUSAL_LM, True
     config.base_model_name_or_path = base_of(policy).name_or_path
     config.modules_to_save = [name for name in config.modules_to_save or () if name != HEAD] or None
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 @contextmanager
