@@ -218,7 +218,7 @@ def serve(
 
 def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:
     """The config of a use, its warnings said."""
-    from prefkit.serve.load import read_use_config
+    from prefkit.runs.use import read_use_config
 
     loaded = read_use_config(source, overrides or [], rules)
     _say_warnings(loaded.warnings)

@@ -1,6 +1,7 @@
-"""Rules of a run across keys, one row each: the only place that rejects a combination.
+"""Rules of a run across keys, one row each.
 
-Those of other uses are in `uses`, which keys a stage reads in `Key.stages`.
+Those of ppo stand in `ppo_checks`, those of other uses in `uses`; which keys a stage reads says
+`Key.stages`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from .key import STAGES
+from .ppo_checks import PPO_ERRORS, PPO_NEEDS
 from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
 from .schema import KEYS, KTO_METRICS, METRICS, PART_METRICS, REWARD_METRICS, RunConfig, keys_of
 
@@ -153,21 +155,7 @@ ERRORS = (
     Check("kto_weights", ("kto_chosen_weight", "kto_rejected_weight", "stage"),
           lambda v: v.stage == "kto" and v.kto_chosen_weight == v.kto_rejected_weight == 0,
           "with kto_rejected_weight: 0 nothing is learnt: write a weight above 0"),
-    Check("reward_model_missing", ("reward_model", "stage", "do_train"),
-          lambda v: v.stage == "ppo" and v.do_train and not v.reward_model,
-          "missing; ppo needs what judges its responses: write reward_model: saves/my-reward-model"),
-    Check("reward_model_tuning", ("reward_model_type", "finetuning_type", "stage"),
-          lambda v: v.stage == "ppo" and v.reward_model_type == "lora" and not is_lora(v),
-          "an adapter needs finetuning_type: lora, not {finetuning_type}: write reward_model_type: full"),
-    Check("reward_model_address", ("reward_model", "reward_model_type", "stage"),
-          lambda v: v.stage == "ppo" and v.reward_model_type == "api" and v.reward_model
-          and not v.reward_model.startswith(("http://", "https://")),
-          "with reward_model_type: api it is an address: write http://HOST:PORT/PATH"),
-    Check("reward_model_bits", ("reward_model_quantization_bit",),
-          lambda v: v.reward_model_quantization_bit not in (None, 4, 8), "must be 4 or 8"),
-    Check("reward_model_merge", ("reward_model_quantization_bit", "reward_model_adapters"),
-          lambda v: v.reward_model_quantization_bit is not None and v.reward_model_adapters,
-          "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    *PPO_ERRORS,
     Check("label_smoothing_loss", ("dpo_label_smoothing", "pref_loss", "stage"),
           lambda v: v.stage == "dpo" and v.dpo_label_smoothing > 0 and v.pref_loss != "sigmoid",
           "is defined for pref_loss: sigmoid only, not for {pref_loss}: remove it"),
@@ -367,9 +355,7 @@ NEEDS = (
           "streaming, and disable_shuffling to be absent"),
     *(Needs(key, lambda v: not v.streaming, "streaming to be absent")
       for key in ("tokenized_path", "overwrite_cache", "preprocessing_num_workers")),
-    *(Needs(key, lambda v: v.reward_model_type == "full", "reward_model_type: full")
-      for key in ("reward_model_adapters", "reward_model_quantization_bit")),
-    *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
+    *PPO_NEEDS,
     Needs("dataset", lambda v: v.do_train, "do_train"),
     Needs("sample_prompts", lambda v: v.do_train, "do_train"),
     Needs("sample_max_new_tokens", lambda v: v.sample_prompts > 0, "sample_prompts"),
@@ -393,7 +379,7 @@ NEEDS = (
 )  # fmt: skip
 
 _TRAINABLE = (
-    Check("stage_later", ("stage",), lambda v: v.stage == "ppo",
+    Check("stage_later", ("stage",), lambda v: False,
           "{stage} is not in this version of prefkit: write dpo, kto or rm; `prefkit check` reads the data "
           "of {stage}"),
 )  # fmt: skip

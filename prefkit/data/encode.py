@@ -28,7 +28,9 @@ class TokenizedExample:
     """Token ids of a prompt and of the responses under it.
 
     `labels` say how each response was judged and `pairs` which are compared, by index; `truncated` says
-    that a part was cut. `question` is the last turn of the user, to be shown.
+    that a part was cut. `question` is the last turn of the user, to be shown. `conversation` is the whole
+    prompt as text (`read_conversation`), also where its ids are cut; rows that are read for anything but
+    their prompts have none.
     """
 
     prompt_ids: list[int]
@@ -38,6 +40,7 @@ class TokenizedExample:
     truncated: bool = False
     labels: tuple[Label, ...] = ()
     question: str = ""
+    conversation: str = ""
 
     @cached_property
     def key(self) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Label
 
+# What a batch has besides of responses that were drawn, by name: a vector (T,) each.
+DRAWN = "drawn"
 Layout = Literal["shared", "repeat"]
 # One prompt and its responses, as (start, end) in the row: (prompt start, prompt end, ((start, end), ...)).
 Segments = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
@@ -119,13 +121,23 @@ def last_positions(batch: Mapping[str, Any]) -> Tensor:
 
 
 def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
-    """The name of the row that each loss of a batch is of: of each pair, or of a judged row, which has none.
+    """The name of the row that each loss of a batch is of: of each pair, or of a judged row, which has none,
+    or of each token of a response that was drawn.
 
     >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (2, 1)})
     ['f:1', 'f:1', 'f:2']
     >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (0, 0)})
     ['f:1', 'f:2']
     """
+    if DRAWN in batch:
+        names = (
+            row
+            for row, count in zip(batch["rows"], batch["response_counts"], strict=True)
+            for _ in range(count)
+        )
+        return [
+            row for row, count in zip(names, batch["response_lengths"], strict=True) for _ in range(count)
+        ]
     counted = zip(batch["rows"], batch["pair_counts"], strict=True)
     return [row for row, count in counted for _ in range(max(count, 1))]
 

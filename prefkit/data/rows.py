@@ -8,13 +8,14 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefkit.config.schema import DataConfig
+from prefkit.data.conversation import write_conversation
 from prefkit.data.encode import TokenizedExample, encode_example
 from prefkit.data.examples import Example
 from prefkit.data.formats import Use, make_example
@@ -49,12 +50,17 @@ class Encoder:
 
     def encode(self, example: Example) -> TokenizedExample | Rejected:
         """The tokens of an example, or why it has none."""
+        config = self.config
         try:
-            return encode_example(example, self.template, self.config.cutoff_len, self.config.truncation)  # type: ignore[arg-type]
+            found = encode_example(example, self.template, config.cutoff_len, config.truncation)  # type: ignore[arg-type]
         except Degenerate as reason:
             return Rejected(example.source, str(reason))
         except ConversationRefused as refusal:
             return Rejected(example.source, "refused by the chat template", str(refusal))
+        if self.use != "prompts":
+            return found
+        # What judges a response may write the conversation in another way.
+        return replace(found, conversation=write_conversation(example.prompt, example.tools))
 
     def encode_all(self, examples: Iterable[Example]) -> Iterator[TokenizedExample | Rejected]:
         """Each example in order, by as many processes as `preprocessing_num_workers` says."""

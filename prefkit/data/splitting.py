@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-from prefkit.data.packing import Segments
+from prefkit.data.packing import DRAWN, Segments
 
 Batch = dict[str, Any]
 
@@ -49,6 +49,7 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
         "weights": batch["weights"][pairs],
         **{name: batch[name][responses] for name in ("labels", "response_lengths")},
         **{name: batch[name][start:end] for name in own},
+        **{name: {k: it[targets] for k, it in batch[name].items()} for name in (DRAWN,) if name in batch},
     }
 
 

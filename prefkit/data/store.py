@@ -42,6 +42,7 @@ _SCHEMA = pa.schema(
         "truncated": pa.bool_(),
         "labels": pa.list_(pa.string()),
         "question": pa.string(),
+        "conversation": pa.string(),
         "times": pa.int32(),
     }
 )

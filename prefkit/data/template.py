@@ -12,6 +12,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -110,6 +112,34 @@ class ChatTemplate:
         return (
             [vocabulary[token] for token in self.family.stops if token in vocabulary] if self.family else []
         )
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """What an answer ends in whatever its text is: the end of its turn."""
+        answers = [Message("assistant", text) for text in ("yes", "no")]
+        one, other = self.encode([Message("user", "?")], answers)[1]
+        alike = takewhile(lambda ids: ids[0] == ids[1], zip(reversed(one), reversed(other), strict=False))
+        return one[len(one) - sum(1 for _ in alike) :]
+
+    def writes_as(self, other: ChatTemplate) -> bool:
+        """Whether both write any conversation in the same token ids, control tokens aside that neither
+        writes, such as one for padding."""
+        small, large = sorted((self.tokenizer.get_vocab(), other.tokenizer.get_vocab()), key=len)
+        return small.items() <= large.items() and self._manner() == other._manner()
+
+    def _manner(self) -> dict[str, Any]:
+        """What ids of a conversation depend on besides the vocabulary."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = json.loads(backend.to_str()) if backend is not None else {}
+        return {
+            "name": self.name,
+            "text": self._defaults() + self._source,
+            "thinking": (self.enable_thinking, self.preserve_thinking),
+            "system": self.default_system,
+            "ends": (self.tokenizer.bos_token, self.end_token or self.tokenizer.eos_token),
+            "tokenizer": [type(self.tokenizer) if backend is None else ""]
+            + [parts.get(part) for part in ("normalizer", "pre_tokenizer", "model")],
+        }
 
     def may_write(self, token: str) -> bool:
         """Whether the token stands in the template, or ends a turn. Text of a row never becomes a control

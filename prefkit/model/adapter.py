@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Names of adapters within a model: the trained one, and a frozen copy of what it was at the start.
 TRAINED, INITIAL = "default", "initial"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_HEAD_IN_FILE = f"base_model.model.{HEAD_WEIGHT}"
+WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEAD_IN_FILE = f"base_model.model.{HEAD_WEIGHT}"
 
 
 def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False) -> PeftModel:
@@ -130,26 +130,26 @@ def load_adapter(
     folder = find_adapter(path, config)
     lora = read_adapter_config(folder)
     try:
-        shapes = _read_shapes(folder / _WEIGHTS)
+        shapes = _read_shapes(folder / WEIGHTS)
         has_head = _fit_head(path, model, lora, folder, is_trainable)
-        _check_ranks(path, lora, shapes)
+        check_ranks(path, lora, shapes)
         _fit_rows(model, shapes)
         if has_head and is_trainable:
-            shapes[_HEAD_IN_FILE] = list(cast("nn.Linear", model.score).weight.shape)
+            shapes[HEAD_IN_FILE] = list(cast("nn.Linear", model.score).weight.shape)
             adapted = _with_own_head(model, lora, folder)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of missing keys, which _check_complete refuses
+                warnings.simplefilter("ignore", UserWarning)  # of missing keys, which check_complete refuses
                 adapted = PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable, config=lora)
     except SafetensorError as error:
-        raise ModelError(f"{folder / _WEIGHTS} is damaged: {error}") from error
+        raise ModelError(f"{folder / WEIGHTS} is damaged: {error}") from error
     except KeyError as error:  # what peft says of a module saved in full, such as the head
-        raise ModelError(f"{path}: {_WEIGHTS} lacks {error.args[0]}") from error
+        raise ModelError(f"{path}: {WEIGHTS} lacks {error.args[0]}") from error
     except (RuntimeError, ValueError) as error:
         reason = next((line.strip() for line in str(error).split("\n") if "mismatch" in line), str(error))
         raise ModelError(f"{path} is not an adapter of {model.name_or_path}: {reason}") from error
     _name_head(adapted)
-    _check_complete(path, adapted, shapes)
+    check_complete(path, adapted, shapes)
     return adapted
 
 
@@ -164,7 +164,7 @@ def _fit_head(path: str, model: PreTrainedModel, lora: LoraConfig, folder: Path,
             raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
         return False
     if brings_own:
-        if dtype := _read_dtype(folder / _WEIGHTS, _HEAD_IN_FILE):
+        if dtype := _read_dtype(folder / WEIGHTS, HEAD_IN_FILE):
             cast("nn.Module", model.score).to(dtype)
         return False
     has_head = set_value_head(model, folder)
@@ -193,7 +193,7 @@ def _with_own_head(model: PreTrainedModel, lora: LoraConfig, folder: Path) -> Pe
     lora.inference_mode = False
     adapted = get_peft_model(model, lora, TRAINED)
     assert not isinstance(adapted, tuple)
-    set_peft_model_state_dict(adapted, load_file(folder / _WEIGHTS) | {_HEAD_IN_FILE: head}, TRAINED)
+    set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS) | {HEAD_IN_FILE: head}, TRAINED)
     return adapted
 
 
@@ -213,7 +213,7 @@ def find_adapter(path: str, config: ModelConfig) -> Path:
         folder = _download(path, config)
     if not folder.is_dir():
         raise ModelError(f"adapter_name_or_path: the folder {path} does not exist")
-    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (_CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         pickled = " (a pickle is not opened)" if (folder / "adapter_model.bin").is_file() else ""
         raise ModelError(f"adapter_name_or_path: {path} has no {' and no '.join(missing)}{pickled}")
@@ -275,7 +275,8 @@ def _read_dtype(file: Path, name: str) -> torch.dtype | None:
         return tensors.get_tensor(name).dtype if name in tensors.keys() else None  # noqa: SIM118
 
 
-def _check_ranks(path: str, lora: LoraConfig, shapes: dict[str, list[int]]) -> None:
+def check_ranks(path: str, lora: LoraConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises `ModelError` when a matrix among `shapes`, by name, has another rank than the config says."""
     allowed = {lora.r, *(lora.rank_pattern or {}).values()}
     for name, shape in shapes.items():
         rank = (
@@ -292,18 +293,20 @@ def _fit_rows(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
-def _check_complete(path: str, adapted: PeftModel, shapes: dict[str, list[int]]) -> None:
-    """peft loads what fits and says nothing of the rest."""
+def check_complete(path: str, adapted: PeftModel, names: Iterable[str], adapter: str = TRAINED) -> None:
+    """Raises `ModelError` unless the tensors of a file, by name, are those of an adapter: peft loads what
+    fits and says nothing of the rest."""
     from peft import get_peft_model_state_dict
 
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if surplus := sorted(set(shapes) - wanted):
+    found = set(names)
+    wanted = set(get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False))
+    if surplus := sorted(found - wanted):
         raise ModelError(
             f"{path} is not an adapter of {base_of(adapted).name_or_path}, which has no place for "
             f"{surplus[0]} ({len(surplus)} such)"
         )
-    if absent := sorted(wanted - set(shapes)):
-        raise ModelError(f"{path}: {_WEIGHTS} lacks {absent[0]} ({len(absent)} such)")
+    if absent := sorted(wanted - found):
+        raise ModelError(f"{path}: {WEIGHTS} lacks {absent[0]} ({len(absent)} such)")
 
 
 def freeze_initial(policy: PeftModel) -> None:
@@ -343,7 +346,7 @@ def save_as_plain_lora(policy: PeftModel, folder: Path) -> None:
     config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor  # type: ignore[attr-defined]
     config.init_lora_weights, config.inference_mode = True, True  # type: ignore[attr-defined]
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def save_without_head(policy: PeftModel, folder: Path) -> None:
@@ -352,13 +355,13 @@ def save_without_head(policy: PeftModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
-    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != _HEAD_IN_FILE}
+    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != HEAD_IN_FILE}
     config: Any = copy.deepcopy(policy.peft_config[TRAINED])
     config.task_type, config.inference_mode = TaskType.CAUSAL_LM, True
     config.base_model_name_or_path = base_of(policy).name_or_path
     config.modules_to_save = [name for name in config.modules_to_save or () if name != HEAD] or None
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / _WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 @contextmanager

@@ -43,8 +43,6 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     segments: Segments = (),
     softcap: float | None = None,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
     prompt_states: Visit | None = None,
     *,
     kernel: Kernel,
@@ -57,21 +55,37 @@ def shared_prompt_attention(
     Raises `RuntimeError` when no segments reached it, and when a mask, dropout, a window shorter than a
     sequence or anything else did that would change the result.
     """
-    if not segments or attention_mask is not None or dropout:
-        raise RuntimeError("shared-prompt attention needs segments, and takes neither mask nor dropout")
+    if not segments:
+        raise RuntimeError("shared-prompt attention needs segments")
+    check_honoured(module, _longest_sequence(segments), attention_mask, dropout, **kwargs)
+    if prompt_states is not None:
+        key, value = prompt_states(module, key, value)
+    return kernel(query, key, value, segments, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
+def check_honoured(
+    module: torch.nn.Module,
+    longest: int,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> None:
+    """Raises `RuntimeError` when plain causal attention among up to `longest` tokens is not what the model
+    wants, by what it hands over."""
+    if attention_mask is not None or dropout:
+        raise RuntimeError("shared-prompt attention takes neither mask nor dropout")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise RuntimeError("shared-prompt attention is causal, and the model's is not")
     given = [name for name, it in kwargs.items() if it is not None and it is not False]
     if unknown := [name for name in given if name not in _HARMLESS]:
         raise RuntimeError(f"shared-prompt attention cannot honour {', '.join(unknown)}")
     window = _shortest_window(module, sliding_window)
-    if window is not None and _longest_sequence(segments) > window:
+    if window is not None and longest > window:
         raise RuntimeError(
             f"shared-prompt attention: a sequence is longer than the window of {window} tokens"
         )
-    if prompt_states is not None:
-        key, value = prompt_states(module, key, value)
-    return kernel(query, key, value, segments, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
 def _shortest_window(module: torch.nn.Module, given: int | None) -> int | None:
@@ -307,7 +321,7 @@ def _block_mask(segments: Segments, num_before: int, device: torch.device) -> An
     return create_block_mask(sees, None, None, length - num_before, length, device=str(device))
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """No mask is built: the segments say who sees whom."""
 
 
@@ -345,11 +359,16 @@ def use_shared_prompts(model: PreTrainedModel, flash_attn: str = "auto") -> None
     """
     name, kernel = _KERNELS[flash_attn]
     AttentionInterface.register(name, partial(shared_prompt_attention, kernel=kernel))
-    AttentionMaskInterface.register(name, _no_mask)
+    AttentionMaskInterface.register(name, no_mask)
     before = model.config._attn_implementation
     if not before.startswith(NAME):
         setattr(model, _PLAIN, before)
     model.set_attn_implementation(name)
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model computes attention by `segments`."""
+    return bool(model.config._attn_implementation.startswith(NAME))
 
 
 @contextmanager

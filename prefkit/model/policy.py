@@ -6,6 +6,7 @@ FSDP see an ordinary call. Without a packed batch the model behaves as before.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,14 @@ from transformers import PreTrainedModel
 from prefkit.config.errors import UserError
 from prefkit.model.architecture import Architecture
 from prefkit.model.attention import Visit
-from prefkit.objectives.head import LogitTransform, chunk_size, frozen_token_logps, token_logps
+from prefkit.model.value import values_at
+from prefkit.objectives.head import (
+    LogitTransform,
+    chunk_size,
+    frozen_token_logps,
+    token_entropies,
+    token_logps,
+)
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
 LogpsOf = Callable[[nn.Module, dict[str, Any]], ResponseLogps]  # (model, packed batch) -> its log-probs
@@ -42,7 +50,7 @@ def attach_logps_forward(
     if router_loss and not has_router_loss(model):
         raise ValueError(f"{architecture.name} has no load-balancing loss of its experts")
     if architecture.logits is None:
-        model.forward = MethodType(partial(_own_forward, router_loss=router_loss), model)
+        _replace_forward(model, partial(_own_forward, router_loss=router_loss))
         return
     head = model.get_output_embeddings()
     # Not a captured bound method: a copy of the model must call its own class's forward.
@@ -55,7 +63,14 @@ def attach_logps_forward(
         head,
     )
     balance = _load_balancing(model) if router_loss else None
-    model.forward = MethodType(partial(_chunked_forward, balance=balance), model)
+    _replace_forward(model, partial(_chunked_forward, balance=balance))
+
+
+def _replace_forward(model: PreTrainedModel, forward: partial[Any]) -> None:
+    # `generate` looks at the signature for what the model takes: without position ids in it, a padded prompt
+    # would have other positions than an unpadded one.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = MethodType(forward, model)
 
 
 def has_router_loss(model: PreTrainedModel) -> bool:
@@ -75,6 +90,7 @@ def _chunked_forward(
     source: Tensor | None = None,
     target: Tensor | None = None,
     balance: Callable[..., Tensor] | None = None,
+    entropies: bool = False,
     **kwargs: Any,
 ) -> Any:
     if source is None:
@@ -87,6 +103,10 @@ def _chunked_forward(
     # One call of the head for the whole batch: ZeRO-3 gathers its weights once, however many chunks.
     hidden = output.last_hidden_state.flatten(0, 1)[source]
     found = {"token_logps": self.get_output_embeddings()(hidden, target)}
+    if (values := values_at(self, hidden)) is not None:
+        found["values"] = values
+    if entropies:
+        found["entropies"] = self.get_output_embeddings()(hidden, target, entropies=True)
     if balance is not None:
         mask = kwargs.get("attention_mask")
         loss = balance(output.router_logits, self.num_experts, self.num_experts_per_tok, mask)
@@ -107,6 +127,7 @@ def _head_forward(
     self: nn.Module,
     hidden: Tensor,
     target: Tensor | None = None,
+    entropies: bool = False,
     *,
     transform: LogitTransform,
     vocabulary: int,
@@ -116,6 +137,8 @@ def _head_forward(
         logits: Tensor = plain(hidden)
         return logits
     chunk = chunk_size(vocabulary, hidden.device)
+    if entropies:
+        return token_entropies(plain, hidden, transform, chunk)
     if type(self) is nn.Linear and not any(parameter.requires_grad for parameter in self.parameters()):
         return frozen_token_logps(self.weight, self.bias, hidden, target, transform, chunk)
     return token_logps(plain, hidden, target, transform, chunk)
@@ -147,19 +170,28 @@ def _without_none(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def response_logps(
-    model: nn.Module, batch: dict[str, Any], prompt_states: Visit | None = None
+    model: nn.Module,
+    batch: dict[str, Any],
+    prompt_states: Visit | None = None,
+    entropies: bool = False,
 ) -> ResponseLogps:
-    """Log-probs of the responses in a packed batch (`PackedBatch.to_dict()`) under the model.
+    """Log-probs of the responses in a packed batch (`PackedBatch.to_dict()`) under the model, with the
+    entropy before each token if that is asked for.
 
     Of a shared batch, keys and values of each layer pass through `prompt_states`, where there is one.
 
     Raises `TypeError` when something on the way took precision from them: they are fp32 whatever the
     model's dtype.
     """
-    inputs = {key: batch[key] for key in _FORWARD_KEYS}
+    inputs = {key: batch[key] for key in _FORWARD_KEYS} | ({"entropies": True} if entropies else {})
     found: dict[str, Tensor] = model(**inputs, prompt_states=prompt_states)
     token_logps = found["token_logps"]
     if token_logps.dtype != torch.float32:
         raise TypeError(f"log-probs arrived as {token_logps.dtype}; a wrapper cast the model's output")
     responses = sum_by_response(token_logps, batch["owner"], batch["num_responses"])
-    return replace(responses, router_loss=found.get("router_loss"))
+    return replace(
+        responses,
+        router_loss=found.get("router_loss"),
+        values=found.get("values"),
+        entropies=found.get("entropies"),
+    )

@@ -59,6 +59,18 @@ def token_logps(
     return torch.cat([_checkpointed(one, h, t) for h, t in pieces])
 
 
+@torch.no_grad()
+def token_entropies(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, transform: LogitTransform, chunk: int
+) -> Tensor:
+    """-sum p log p of p = softmax(transform(head(hidden))) in nats and fp32, (T,), for hidden states (T, H)."""
+    found = []
+    for part in hidden.split(chunk):
+        logps = transform(head(part).float()).log_softmax(1)
+        found.append(-(logps.exp() * logps).nan_to_num(0.0).sum(1))
+    return torch.cat(found)
+
+
 def _checkpointed(fn: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:
     logps: Tensor = checkpoint(fn, hidden, target, use_reentrant=False)
     return logps

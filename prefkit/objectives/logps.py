@@ -34,7 +34,9 @@ class ResponseLogps:
 
     `token_logps` (T,) is the log-prob of each response token in nats, `owner` (T,) the response it
     belongs to, in order; `logps` (N,) are the sums, `lengths` (N,) the token counts. `router_loss` () is the
-    load-balancing loss of a mixture of experts, where one was asked for.
+    load-balancing loss of a mixture of experts, where one was asked for, `values` (T,) what a value head says
+    before each token, where there is one, and `entropies` (T,) those of the distributions that the tokens are
+    of, in nats, where they were asked for.
     """
 
     token_logps: Tensor
@@ -42,6 +44,8 @@ class ResponseLogps:
     logps: Tensor
     lengths: Tensor
     router_loss: Tensor | None = None
+    values: Tensor | None = None
+    entropies: Tensor | None = None
 
     @property
     def mean_logps(self) -> Tensor:

@@ -13,6 +13,9 @@ CURVES = {
     "training_eval_loss.png": ("eval_loss", "held-out loss"),
     "training_rewards_accuracies.png": ("rewards/accuracies", "reward accuracy"),
     "training_rewards_chosen.png": ("rewards/chosen", "reward of chosen responses"),
+    "training_reward.png": ("ppo/score", "mean score"),
+    "training_eval_reward.png": ("eval_score", "held-out score of greedy answers"),
+    "training_kl.png": ("ppo/kl", "KL to the reference"),
     "training_rewards_margins.png": ("rewards/margins", "reward margin"),
 }
 OVERVIEW = ("training_curves.png", ("loss", "rewards/accuracies", "rewards/margins"))

@@ -10,7 +10,7 @@ from prefkit import __version__
 from prefkit.config.schema import UseConfig
 from prefkit.model.reward import VALUE_HEAD
 from prefkit.runs.record import RECORD_FILE, library_versions, read_record
-from prefkit.serve.load import usage_of
+from prefkit.runs.use import usage_of
 
 _OF_THE_RUN = ("stage", "loss", "finetuning_type", "reference", "trained_on", "data", "pairs")
 _CONVERSATION = """[

@@ -29,9 +29,9 @@ from prefkit.model.reward_model import (
     score_distance,
     write_score_probe,
 )
+from prefkit.runs.use import usage_of
 from prefkit.serve.card import SCORING, SCORING_BY_VALUE_HEAD, make_record, write_facts
 from prefkit.serve.language_head import under_language_head
-from prefkit.serve.load import usage_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

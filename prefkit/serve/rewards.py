@@ -57,6 +57,8 @@ class _Conversations(Fields):
     messages: list[Any] = Field(min_length=1)
     model: str | None = None
     tools: list[Any] | None = None
+    truncate: bool = False  # cut what is too long, instead of refusing it
+    unfinished: tuple[int, ...] = Field((), strict=False)  # whose answer was cut off: its turn has no end
 
 
 def serve(scorer: Scorer, host: str = "127.0.0.1", port: int = 8000, token: str | None = None) -> None:
@@ -118,7 +120,7 @@ def make_app(
         conversations = _conversations(asked)
         tools = _read_tools(asked.tools)
         scores = await queue.score(
-            request, len(conversations), lambda: _encode_conversations(scorer, conversations, tools)
+            request, len(conversations), lambda: _encode_conversations(scorer, conversations, tools, asked)
         )
         head = {"id": f"reward-{uuid.uuid4().hex}", "object": "reward", "model": scorer.name}
         return JSONResponse({**head, "rewards": scores})
@@ -146,6 +148,8 @@ def _conversations(asked: _Conversations) -> list[tuple[str, list[Message]]]:
         if len(messages) == 1:
             raise ApiError(400, f"{place} has no message before the assistant's.", place)
         found.append((place, messages))
+    if asked.unfinished and not 0 <= min(asked.unfinished) <= max(asked.unfinished) < len(found):
+        raise ApiError(400, f"unfinished names none of the {len(found)} conversations.", "unfinished")
     return found
 
 
@@ -159,12 +163,16 @@ def _read_tools(tools: list[Any] | None) -> tuple[Any, ...]:
 
 
 def _encode_conversations(
-    scorer: Scorer, conversations: list[tuple[str, list[Message]]], tools: tuple[Any, ...]
+    scorer: Scorer,
+    conversations: list[tuple[str, list[Message]]],
+    tools: tuple[Any, ...],
+    asked: _Conversations,
 ) -> list[TokenizedExample]:
+    encode = scorer.fit_answer if asked.truncate else scorer.encode_answer
     found = []
-    for place, messages in conversations:
+    for number, (place, messages) in enumerate(conversations):
         with _naming(place):
-            found.append(scorer.encode_answer(messages[:-1], messages[-1], tools))
+            found.append(encode(messages[:-1], messages[-1], tools, number not in asked.unfinished))
     return found
 
 

@@ -29,6 +29,8 @@ _LOG_KEYS = {
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
     "kl": "kl",
+    "reward": "ppo/score",
+    "ppo_kl": "ppo/kl",
     "lr": "learning_rate",
     "epoch": "epoch",
 }
@@ -38,6 +40,8 @@ _EVALUATED = {
     "eval_auc": "rewards/auc",
     "eval_margin": "rewards/margins",
     "eval_kl": "kl",
+    "eval_score": "score",
+    "eval_response_length": "response_length",
 }
 
 
@@ -57,9 +61,13 @@ def evaluation_prefix(logs: dict[str, float]) -> str | None:
 
 
 class LogFile(TrainerCallback):
-    """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation."""
+    """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation.
 
-    def __init__(self) -> None:
+    A step of the file is one of the YAML: so many `updates` of the Trainer.
+    """
+
+    def __init__(self, updates: int = 1) -> None:
+        self.updates = updates
         self.started, self.first_step = time.time(), 0
 
     def on_train_begin(
@@ -69,7 +77,7 @@ class LogFile(TrainerCallback):
         self.started, self.first_step = time.time(), state.global_step
         if state.is_world_process_zero:
             written = sum(1 for logs in state.log_history if _numbers_of(logs))
-            _keep_lines(_log_file(args), state.global_step, written)
+            _keep_lines(_log_file(args), state.global_step // self.updates, written)
             _keep_lines(_log_file(args).with_name(SPIKE_FILE), state.global_step)
 
     def on_log(
@@ -84,7 +92,11 @@ class LogFile(TrainerCallback):
         numbers = _numbers_of(logs or {})
         if not state.is_world_process_zero or not numbers:
             return
-        line: dict[str, Any] = {"current_steps": state.global_step, "total_steps": state.max_steps, **numbers}
+        steps = {
+            "current_steps": state.global_step // self.updates,
+            "total_steps": state.max_steps // self.updates,
+        }
+        line: dict[str, Any] = {**steps, **numbers}
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0
@@ -108,7 +120,7 @@ def _numbers_of(logs: dict[str, float]) -> dict[str, Any]:
         line |= {key: logs[prefix + name] for key, name in _EVALUATED.items() if prefix + name in logs}
         if name := prefix.removeprefix("eval_").removesuffix("_"):
             line["eval_dataset"] = name
-    return line if line.keys() & {"loss", "eval_loss"} else {}
+    return line if line.keys() & {"loss", "eval_loss", "eval_score"} else {}
 
 
 def _keep_lines(file: Path, last_step: int, number: int | None = None) -> None:
@@ -131,10 +143,14 @@ def _step_of(line: str) -> float:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, margin and the like of the newest step; plain lines where there is no terminal."""
+    """A bar with loss, margin and the like of the newest step; plain lines where there is no terminal.
 
-    def __init__(self, console: Console) -> None:
+    A step of the bar is one of the YAML: so many `updates` of the Trainer.
+    """
+
+    def __init__(self, console: Console, updates: int = 1) -> None:
         self.console = console
+        self.updates = updates
         self.trainer: PrefTrainer | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -149,8 +165,8 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self.task = self.progress.add_task("train", total=state.max_steps, numbers="")
-        self.progress.update(self.task, completed=state.global_step)
+        self.task = self.progress.add_task("train", total=state.max_steps // self.updates, numbers="")
+        self.progress.update(self.task, completed=state.global_step // self.updates)
         if self.console.is_terminal:
             self.progress.start()
 
@@ -159,7 +175,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Move the bar."""
         numbers = _numbers(self.trainer.latest) if self.trainer else ""
-        self.progress.update(self.task, completed=state.global_step, numbers=numbers)
+        self.progress.update(self.task, completed=state.global_step // self.updates, numbers=numbers)
 
     def on_log(
         self,
@@ -171,7 +187,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Print a line for the log where no bar can move, and for each evaluation."""
         logs = logs or {}
-        step = f"step {state.global_step}/{state.max_steps}"
+        step = f"step {state.global_step // self.updates}/{state.max_steps // self.updates}"
         if (prefix := evaluation_prefix(logs)) is not None:
             name = prefix.removeprefix("eval_").removesuffix("_")
             self.console.print(f"{step}  held out{name and f' ({name})'}: {_numbers(logs, prefix)}")
@@ -193,6 +209,9 @@ def _numbers(values: dict[str, float], prefix: str = "") -> str:
         "accuracy": "rewards/accuracies",
         "auc": "rewards/auc",
         "kl": "kl",
+        "score": "ppo/score" if not prefix else "score",
+        "KL": "ppo/kl",
+        "length": "ppo/response_length" if not prefix else "response_length",
     }
     shown = {label: values.get(prefix + name) for label, name in names.items()}
     return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)

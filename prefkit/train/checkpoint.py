@@ -41,6 +41,9 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from prefkit.config.errors import UserError
 from prefkit.files import describe, forget_cached, fsync, fsync_files, naming
 from prefkit.model.adapter import TRAINED
+from prefkit.model.reward import VALUE_HEAD
+from prefkit.model.value import NAME as VALUE_NAME
+from prefkit.model.value import load_value_head, save_value_head
 from prefkit.runs.identity import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -351,6 +354,7 @@ class PickleFreeCheckpoints(Trainer):
             model.save_pretrained(str(folder), state_dict=state_dict)
         else:
             save_file(state_dict or model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        save_value_head(model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
         arguments = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
@@ -450,6 +454,8 @@ class PickleFreeCheckpoints(Trainer):
         if isinstance(model, PeftModel):
             with _blame(folder / "adapter_model.safetensors"):
                 _check_adapter(model, folder)
+        with _blame(folder / VALUE_HEAD):
+            load_value_head(model, folder)
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -460,7 +466,9 @@ class PickleFreeCheckpoints(Trainer):
             saved, info = read(folder, dtype=torch.float32, output_loading_info=True)
             if info["missing_keys"]:  # transformers would draw them anew, the head of a reward model as well
                 raise LookupError(f"{', '.join(sorted(info['missing_keys']))} is missing")
-            model.load_state_dict(saved.state_dict())
+            absent, _ = model.load_state_dict(saved.state_dict(), strict=False)
+            if absent := [name for name in absent if not name.startswith(f"{VALUE_NAME}.")]:
+                raise LookupError(f"{', '.join(sorted(absent))} is missing")
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of
-from prefkit.model.architecture import batch_dependence
+from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.partners import judged_logps
@@ -21,6 +22,7 @@ from prefkit.model.probe import verify
 from prefkit.model.reward import check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import verify_scores
 from prefkit.model.tuning import prepare_for_training
+from prefkit.model.value import add_value_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,6 +72,12 @@ def build_policy(
         check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
+    if config.method.stage == "ppo" and read_architecture(base.config).logits is None:
+        raise UserError(
+            f"ppo: the head of {base.config.model_type} is not known, and values are read before it"
+        )
+    if config.method.stage == "ppo":
+        add_value_head(model)
     layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
     policy = Policy(model, layout, _compute_dtype(model, args))
     _tell_weights(policy, say)

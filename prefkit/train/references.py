@@ -47,7 +47,9 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
 def needs_reference(config: RunConfig) -> bool:
     """Whether the loss of a run reads a reference."""
     method = config.method
-    return method.stage == "kto" or (method.stage == "dpo" and LOSSES[method.pref_loss].needs_reference)
+    return method.stage in ("kto", "ppo") or (
+        method.stage == "dpo" and LOSSES[method.pref_loss].needs_reference
+    )
 
 
 def wants_cache(config: RunConfig, args: TrainingArguments, model_config: Any, num_rows: int) -> bool:
@@ -55,6 +57,8 @@ def wants_cache(config: RunConfig, args: TrainingArguments, model_config: Any, n
 
     Raises `UserError` where it says so and log-probs cannot be kept.
     """
+    if config.method.stage == "ppo":
+        return False  # what is drawn is seen in its own rollout alone
     wanted = config.reference.ref_cache
     why_not = batch_dependence(model_config, config.data.cutoff_len)
     if why_not and wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from transformers import PrinterCallback, set_seed
 
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import USES, RunData, load_data
+from prefkit.data.encode import TokenizedExample
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
@@ -27,6 +28,7 @@ from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
 from prefkit.model.reward_model import make_score_probe, write_score_probe
+from prefkit.model.rollout import Stream
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.calibration import (
     CALIBRATION_FILE,
@@ -50,14 +52,17 @@ from prefkit.train.callbacks import (
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
 from prefkit.train.dpo import DpoStage
+from prefkit.train.judges import build_judge
 from prefkit.train.kto import KtoStage
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces, naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy, choose_policy_logps
+from prefkit.train.ppo import PpoStage
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.reward import RewardStage
+from prefkit.train.rollouts import RolloutSource, count_in_rollouts, updates_per_rollout
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
@@ -73,6 +78,9 @@ _SHOWN_METRICS = {
     "rewards/accuracies": "reward accuracy",
     "rewards/auc": "AUC of the reward",
     "rewards/margins": "margin",
+    "score": "mean score",
+    "kl": "KL",
+    "response_length": "length",
 }
 _PROBED = 256  # rows among which the shortest are taken for the probe
 
@@ -123,6 +131,8 @@ def _train(
     identity = identify(config, template, data, weights, args.world_size)
     if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
         console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
+    if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
+        count_in_rollouts(config, args, len(data.train))
     policy = build_policy(config, args, tokenizer, console.print)
     reference: Reference | None = None
     if config.method.stage != "rm":
@@ -149,7 +159,7 @@ def _train(
 
 def _check_margins(config: RunConfig, data: RunData) -> None:
     """Raises `DataError` when the data has margins that the loss would not read."""
-    if not data.has_margins or config.method.stage == "rm":
+    if not data.has_margins or config.method.stage in ("rm", "ppo"):
         return
     if config.method.stage == "kto":
         raise DataError(
@@ -175,7 +185,14 @@ def _build_trainer(
     console: Console,
 ) -> PrefTrainer:
     stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
-    bar = ProgressBar(console)
+    rollouts = None
+    if isinstance(stage, PpoStage):
+        assert reference is not None and not isinstance(data.train, StreamedRows)
+        judge = build_judge(config, policy.model, template, console.print)
+        console.print(f"Judge: {judge.name}.")
+        rollouts = RolloutSource(config, args, policy, reference, judge, template, data.train, stage)
+    updates = updates_per_rollout(config) if rollouts is not None else 1
+    bar = ProgressBar(console, updates)
     trainer = PrefTrainer(
         policy.model,
         args,
@@ -186,16 +203,17 @@ def _build_trainer(
         template.tokenizer,
         Pieces(config, args, reference, console.print),
         signals,
+        rollouts,
     )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogFile())
+    trainer.add_callback(LogFile(updates))
     trainer.add_callback(bar)
     if isinstance(reference, CachedReference):
         trainer.add_callback(KeepReferenceLogps(reference.store))
     if config.method.early_stopping_steps:
         trainer.add_callback(EarlyStopping(config.method.early_stopping_steps))
-    trainer.add_callback(SaveAndStop(signals))
+    trainer.add_callback(SaveAndStop(signals, whole_epochs=rollouts is not None))
     return trainer
 
 
@@ -204,6 +222,8 @@ def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, 
     if config.method.stage == "rm":
         return RewardStage(config.method)
     coefficient = config.model.moe_aux_loss_coef or 0.0
+    if config.method.stage == "ppo":
+        return PpoStage(config.ppo, policy.compute_dtype, coefficient)
     stage: DpoStage | KtoStage
     if config.method.stage == "kto":
         assert reference is not None
@@ -217,7 +237,7 @@ def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, 
 
 def loss_name(config: RunConfig) -> str:
     """The loss of a run in a word."""
-    names = {"dpo": config.method.pref_loss, "kto": "kto", "rm": "bradley-terry"}
+    names = {"dpo": config.method.pref_loss, "kto": "kto", "rm": "bradley-terry", "ppo": "ppo"}
     return names[config.method.stage]
 
 
@@ -283,12 +303,20 @@ class Run:
         if is_reward:
             write_score_probe(make_score_probe(self.policy.model, rows), folder)
         else:
-            write_probe(make_probe(self.policy.model, rows), folder)
+            write_probe(make_probe(self.policy.model, self._with_answers(rows)), folder)
         facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         base = self.config.model.model_name_or_path
         dtype = str(self.policy.base.dtype).removeprefix("torch.")
         write_model_card(folder, base, facts, is_adapter, is_reward, dtype)
+
+    def _with_answers(self, rows: list[TokenizedExample]) -> list[TokenizedExample]:
+        """The rows as they are, or a few of them with greedy answers, where they are prompts alone."""
+        if self.trainer.rollouts is None:
+            return rows
+        few = sorted(rows, key=lambda row: row.num_tokens)[:4]
+        greedy = replace(self.config.generation, do_sample=False, max_new_tokens=32)
+        return self.trainer.rollouts.draw(few, range(len(few)), Stream(0, 0), greedy, 1)[0]
 
     def _settle_stream(self) -> None:
         """Count the rows of a stream that were trained on, now that it is known."""

@@ -100,12 +100,14 @@ class SaveAndStop(TrainerCallback):
     know of a signal, upon which the run ends.
 
     In the last step of an epoch, or of the training, it is saved after the log line and the evaluation that
-    come with the end of the epoch: a resumed run would not make up for them. This callback goes after those
-    that have something to write when a checkpoint is saved.
+    come with the end of the epoch: a resumed run would not make up for them. `whole_epochs` says that nothing
+    is saved within one, which has what no checkpoint holds. This callback goes after those that have something
+    to write when a checkpoint is saved.
     """
 
-    def __init__(self, signals: StopSignals) -> None:
+    def __init__(self, signals: StopSignals, whole_epochs: bool = False) -> None:
         self.signals = signals
+        self.whole_epochs = whole_epochs
         self._is_owed = False
 
     def on_step_end(
@@ -114,6 +116,7 @@ class SaveAndStop(TrainerCallback):
         """Ask for a checkpoint, or put it off."""
         wanted = control.should_save or bool(self.signals.agreed)
         ends_epoch = control.should_training_stop or float(state.epoch or 0.5).is_integer()
+        ends_epoch = ends_epoch or self.whole_epochs
         control.should_save = wanted and not ends_epoch
         self._is_owed = wanted and ends_epoch
 

@@ -21,9 +21,11 @@ from prefkit.data.packing import Layout, pack, rows_of_losses
 from prefkit.data.view import RowView
 from prefkit.files import replace_text
 from prefkit.objectives.metrics import by_label, held_out_metrics, means
+from prefkit.train.answers import answer_and_judge, means_of, write_answers
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
+from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import StopSignals, ignore_in_worker
 from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import Stage, StageOutput
@@ -50,6 +52,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         tokenizer: PreTrainedTokenizerBase,
         pieces: Pieces,
         signals: StopSignals,
+        rollouts: RolloutSource | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -64,6 +67,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.tuning = tuning
         stage.gather = self.accelerator.gather
         self.signals = signals
+        self.rollouts = rollouts
+        if rollouts is not None:
+            rollouts.trainer = self
         self.guard = StepGuard(stage.name, self.accelerator.gather, self._report_spike)
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
@@ -85,6 +91,10 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
                 f"Step {self.state.global_step + 1}: out of memory outside of the batches, as in the update "
                 f"of the weights. {self.training_pieces.advise()}"
             ) from error
+
+    def get_train_dataloader(self) -> Any:
+        """The rows to train on, or what is drawn in rollouts, of which each is an epoch."""
+        return super().get_train_dataloader() if self.rollouts is None else self.rollouts
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, or that of LoRA+, whose B learns faster than its A
@@ -206,6 +216,26 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         columns = torch.as_tensor(prediction.predictions).unbind(1)
         return held_out_metrics(dict(zip(self._columns, columns, strict=True)))
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the held-out rows; of a policy that is trained by rollouts, those of its answers."""
+        if self.rollouts is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        parts: dict[str, Any] = given if isinstance(given, dict) else {"": given}
+        metrics: dict[str, float] = {}
+        for name, rows in parts.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            answers = answer_and_judge(self.rollouts, rows)
+            found = {f"{prefix}{key}": value for key, value in means_of(answers).items()}
+            if self.is_world_process_zero():
+                write_answers(answers, self.rollouts.number, Path(str(self.args.output_dir)), name)
+            self.log(dict(found))
+            metrics |= found
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def predict_rows(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, float]]]:
         """Means over all examples, named `predict_...`, and the values of each example, in order."""
         output = self.predict(cast("Any", examples), metric_key_prefix="predict")
@@ -233,6 +263,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             found = means(self._sums_of_ranks(self._window_sums))
             logs.update({name: value for name, value in found.items() if name != "loss"})
             self._window_sums = {}
+        if "loss" in logs and self.rollouts is not None:
+            logs.update(self.rollouts.numbers())
         super().log(logs, start_time)
 
     def extra_state(self) -> dict[str, Any]:
@@ -242,6 +274,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             "stage": self.stage.state(),
             "losses": self.guard.state(),
             "pieces": [self.training_pieces.number, self.evaluation_pieces.number],
+            **({} if self.rollouts is None else {"rollouts": self.rollouts.state()}),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -249,6 +282,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.stage.load_state(state["stage"])
         self.guard.load_state(state["losses"])
         self.training_pieces.number, self.evaluation_pieces.number = state["pieces"]
+        if self.rollouts is not None:
+            self.rollouts.load_state(state["rollouts"])
 
     def own_state(self) -> dict[str, Any]:
         """What the next line of the log will average."""

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_allowed_to_check": "reward_model reward_model_type "
-        "reward_model_adapters ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
-        "test_error": "reward_model_quantization_bit label_smoothing_factor neftune_noise_alpha deepspeed "
-        "fsdp",
+        "test_allowed_to_check": "ppo_buffer_size ppo_epochs ppo_group_size "
+        "ppo_score_norm ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda "
+        "ppo_clip ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset rollout_engine",
+        "test_error": "label_smoothing_factor neftune_noise_alpha deepspeed fsdp",
     },
     "tests/config/test_secrets.py": {
         "test_secrets_are_refused_and_never_shown": "hub_token",
@@ -61,6 +61,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_full_trains_every_weight": "finetuning_type",
         "test_numbers_of_trained_and_frozen_weights": "pure_bf16",
     },
+    "tests/runs/test_use.py": {
+        "test_a_training_yaml_talks_to_its_base": "stage",
+    },
     "tests/serve/test_assistant.py": {
         "test_greedy_answer_is_that_of_generate": "do_sample",
         "test_one_token_to_draw_from_is_the_likeliest": "temperature top_p top_k",
@@ -77,7 +80,6 @@ _TESTS: dict[str, dict[str, str]] = {
     },
     "tests/serve/test_load.py": {
         "test_the_template_is_the_one_of_the_training": "template",
-        "test_a_training_yaml_talks_to_its_base": "stage",
     },
     "tests/train/test_arguments.py": {
         "test_checkpointing_has_one_switch_and_two_names": "disable_gradient_checkpointing "
@@ -92,6 +94,13 @@ _TESTS: dict[str, dict[str, str]] = {
     "tests/train/test_data.py": {
         "test_eval_on_each_dataset": "eval_on_each_dataset",
     },
+    "tests/train/test_judges.py": {
+        "test_reward_model_type_lora_is_the_reward_model_upon_the_policy": "reward_model reward_model_type",
+        "test_reward_model_adapters_are_put_upon_it": "reward_model_adapters",
+        "test_reward_model_quantization_bit_is_that_of_its_weights": "reward_model_quantization_bit",
+        "test_reward_function_alone": "reward_function",
+        "test_reward_weights_weigh_the_reward_model_first": "reward_weights",
+    },
     "tests/train/test_kto.py": {
         "test_kto_weights_are_those_of_the_labels": "kto_chosen_weight kto_rejected_weight",
     },
@@ -103,6 +112,9 @@ _TESTS: dict[str, dict[str, str]] = {
     },
     "tests/train/test_reward.py": {
         "test_margins_and_rm_center_coefficient_change_the_loss": "rm_center_coefficient",
+    },
+    "tests/train/test_reward_server.py": {
+        "test_the_timeout_and_the_number_of_tries_are_those_of_the_keys": "reward_timeout reward_retries",
     },
     "tests/train/test_run.py": {
         "test_every_loss_trains_and_starts_where_its_formula_says": "pref_loss pref_beta",

@@ -19,6 +19,7 @@ BASE = {
     "output_dir": "out",
 }
 
+JUDGED = "stage: ppo\nreward_model: r\n"
 EACH = "eval_dataset: a,b\neval_on_each_dataset: true\n"
 BROKEN = {
     "report_to": "report_to: wnadb",
@@ -43,11 +44,22 @@ BROKEN = {
     "kto_weights": "stage: kto\nkto_chosen_weight: 0\nkto_rejected_weight: 0",
     "reward_model_missing": "stage: ppo",
     "reward_model_tuning": "stage: ppo\nreward_model: r\nfinetuning_type: full",
+    "reward_model_pissa": "stage: ppo\nreward_model: r\npissa_init: true",
     "reward_model_address": "stage: ppo\nreward_model: localhost:80\nreward_model_type: api",
-    "reward_model_bits": "stage: ppo\nreward_model: r\nreward_model_quantization_bit: 5\n"
-    "reward_model_type: full",
-    "reward_model_merge": "stage: ppo\nreward_model: r\nreward_model_type: full\n"
-    "reward_model_quantization_bit: 4\nreward_model_adapters: a",
+    "reward_model_folder": "stage: ppo\nreward_model: http://localhost:80/score",
+    "reward_adapters_type": f"{JUDGED}reward_model_adapters: a",
+    "reward_adapters_alone": "stage: ppo\nreward_function: r.py:score\nreward_model_type: full\n"
+    "reward_model_adapters: a",
+    "reward_function_form": "stage: ppo\nreward_function: r.score",
+    "reward_weights_number": f"{JUDGED}reward_weights: 1,2",
+    "reward_weights_zero": f"{JUDGED}reward_weights: 0,0\nreward_function: r.py:score",
+    "reward_model_bits": f"{JUDGED}reward_model_quantization_bit: 5\nreward_model_type: full",
+    "reward_model_merge": f"{JUDGED}reward_model_type: full\nreward_model_quantization_bit: 4\n"
+    "reward_model_adapters: a",
+    "ppo_ptx_dataset": f"{JUDGED}ppo_ptx: 0.5",
+    "ppo_ptx_weight": f"{JUDGED}ppo_ptx_dataset: answered",
+    "vllm_base": f"{JUDGED}rollout_engine: vllm\nquantization_bit: 4",
+    "vllm_adapter": f"{JUDGED}rollout_engine: vllm\nuse_dora: true",
     "label_smoothing_loss": "pref_loss: hinge\ndpo_label_smoothing: 0.1",
     "label_smoothing_factor": "label_smoothing_factor: 0.1",
     "ref_model_reference_free": "pref_loss: orpo\nref_model: other",
@@ -168,8 +180,15 @@ ALLOWED_TO_CHECK = [
     "save_strategy: epoch\nreport_to: swanlab\nref_model: r",
     "stage: ppo\nreward_model: r\nppo_epochs: 2\nppo_target: 3\nppo_buffer_size: 4\nppo_score_norm: true\n"
     "ppo_whiten_rewards: true\ntemperature: 1\ntop_k: 0\ntop_p: 1\nmax_new_tokens: 64\n"
-    "repetition_penalty: 1.1\npissa_init: true",
-    "stage: ppo\nreward_model: http://localhost:8000/score\nreward_model_type: api",
+    "repetition_penalty: 1.1\npissa_init: true\nreward_model_type: full",
+    "stage: ppo\nreward_model: http://localhost:8000/score\nreward_model_type: api\nreward_timeout: 5\n"
+    "reward_retries: 0",
+    "stage: ppo\nreward_function: rewards/short.py:score\nfinetuning_type: full\nreward_weights: 0.1\n"
+    "ppo_ptx: 0.1\nppo_ptx_dataset: a,b",
+    f"{JUDGED}reward_function: r.py:score\nreward_weights: 1,-0.5\nrollout_engine: vllm\n"
+    "use_rslora: true\nppo_group_size: 4",
+    f"{JUDGED}ppo_init_kl: 0.1\nppo_kl_horizon: 1000\nppo_gamma: 0.99\nppo_lambda: 1\nppo_clip: 0.1\n"
+    "ppo_value_clip: 0.5\nppo_value_coefficient: 1",
     "stage: ppo\nreward_model: r\nreward_model_type: full\nfinetuning_type: full\nreward_model_adapters: a",
 ]
 
@@ -267,6 +286,11 @@ OTHERWISE = {
     "reward_model": "r",
     "reward_model_type": "full",
     "reward_model_adapters": "a",
+    "reward_function": "r.py:score",
+    "reward_retries": "2",
+    "ppo_group_size": "2",
+    "ppo_ptx_dataset": "a",
+    "rollout_engine": "vllm",
     "reward_model_quantization_bit": "8",
     "ppo_buffer_size": "2",
     "ppo_epochs": "2",
@@ -309,6 +333,52 @@ def test_forgotten_do_train_says_what_evaluation_alone_needs_at_once(load):
     assert "an eval_dataset is measured: write one, with do_eval: true or do_predict: true" in second
 
 
+@pytest.mark.parametrize("kind", ["lora", "api"])
+def test_adapters_go_upon_a_whole_reward_model_alone(load, kind):
+    address = "http://localhost:8000/score" if kind == "api" else "r"
+    lines = f"stage: ppo\nreward_model: {address}\nreward_model_type: {kind}\nreward_model_adapters: a"
+    with pytest.raises(ConfigError, match=f"and reward_model_type is {kind}: write reward_model_type: full"):
+        load(lines, CHECKING)
+
+
+@pytest.mark.parametrize(
+    ("written", "is_one"),
+    [
+        ("score.py:score", True),
+        ("/my rewards/v1.2.py:bewertung_ä", True),
+        ("C:/rewards.py:f", True),
+        ("score.py", False),
+        ("score.py:", False),
+        ("score:score", False),
+        ("score.py:1st", False),
+        ("score.py:module.score", False),
+        (":score", False),
+    ],
+)
+def test_a_function_is_named_by_its_file(load, written, is_one):
+    try:
+        assert load(f"stage: ppo\nreward_function: '{written}'", CHECKING).warnings == ()
+    except ConfigError as error:
+        assert not is_one and "write path/to/file.py:name" in str(error)
+    else:
+        assert is_one
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("quantization_bit: 8", "rope_scaling: yarn", "resize_vocab: true", "add_tokens: <a>"),
+        *("add_special_tokens: <a>", "adapter_name_or_path: a,b", "use_dora: true"),
+        "adapter_name_or_path: a\ncreate_new_adapter: true",
+        *("pissa_init: true\nreward_model_type: full", "additional_target: lm_head"),
+    ],
+)
+def test_vllm_takes_a_model_from_its_folder_with_plain_lora(load, line):
+    with pytest.raises(ConfigError, match=r"rollout_engine: vllm .*write rollout_engine: transformers"):
+        load(f"{JUDGED}rollout_engine: vllm\n{line}", CHECKING)
+    assert load(f"{JUDGED}{line}", CHECKING)
+
+
 MEASURED = "do_train: false\nadapter_name_or_path: a\ndo_eval: true\neval_dataset: held_out"
 STREAMED = "streaming: true\nmax_steps: 5\n"
 IDLE = {
@@ -320,11 +390,16 @@ IDLE = {
     "tokenized_path": f"{STREAMED}tokenized_path: t",
     "overwrite_cache": f"{STREAMED}overwrite_cache: true",
     "preprocessing_num_workers": f"{STREAMED}preprocessing_num_workers: 2",
-    "reward_model_adapters": "stage: ppo\nreward_model: r\nreward_model_adapters: a",
-    "reward_model_quantization_bit": "stage: ppo\nreward_model: r\nreward_model_quantization_bit: 4",
-    "temperature": "stage: ppo\nreward_model: r\ntemperature: 0.5\ndo_sample: false",
-    "top_p": "stage: ppo\nreward_model: r\ntop_p: 0.5\ndo_sample: false",
-    "top_k": "stage: ppo\nreward_model: r\ntop_k: 5\ndo_sample: false",
+    "reward_model_type": "stage: ppo\nreward_function: r.py:score\nreward_model_type: full",
+    "reward_model_quantization_bit": f"{JUDGED}reward_model_quantization_bit: 4",
+    "reward_timeout": f"{JUDGED}reward_timeout: 5",
+    "reward_retries": f"{JUDGED}reward_model_type: full\nreward_retries: 2",
+    "ppo_target": f"{JUDGED}ppo_target: 5\nppo_init_kl: 0",
+    "ppo_kl_horizon": f"{JUDGED}ppo_kl_horizon: 100\nppo_init_kl: 0",
+    "ppo_value_clip": f"{JUDGED}ppo_value_clip: 0.5\nppo_value_coefficient: 0",
+    "temperature": f"{JUDGED}temperature: 0.5\ndo_sample: false",
+    "top_p": f"{JUDGED}top_p: 0.5\ndo_sample: false",
+    "top_k": f"{JUDGED}top_k: 5\ndo_sample: false",
     "dataset": MEASURED,
     "sample_prompts": MEASURED + "\ndataset: null\nsample_prompts: 2",
     "sample_max_new_tokens": "sample_max_new_tokens: 9",

@@ -9,8 +9,6 @@ from prefkit.config.schema import KEYS
 from tests.config.observed import OBSERVED, PASSED_ON, text_of
 from tests.train.test_arguments import PASSED
 
-# Tests that come with what reads the data: to be taken out of here when they are there.
-
 
 def test_every_key_has_a_test():
     refused = {name for name in KEYS if name in FOREIGN}

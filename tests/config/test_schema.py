@@ -58,11 +58,15 @@ PINNED = {
     },
     "reward": {
         "reward_model": None, "reward_model_type": "lora", "reward_model_adapters": (),
+        "reward_function": None, "reward_weights": (), "reward_timeout": 60.0, "reward_retries": 5,
         "reward_model_quantization_bit": None,
     },
     "ppo": {
-        "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_score_norm": False, "ppo_target": 6.0,
-        "ppo_whiten_rewards": False,
+        "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_group_size": 1, "ppo_score_norm": False,
+        "ppo_target": 6.0, "ppo_init_kl": 0.2, "ppo_kl_horizon": 10_000.0, "ppo_whiten_rewards": False,
+        "ppo_gamma": 1.0, "ppo_lambda": 0.95, "ppo_clip": 0.2, "ppo_value_clip": 0.2,
+        "ppo_value_coefficient": 0.1, "ppo_ptx": 0.0, "ppo_ptx_dataset": (),
+        "rollout_engine": "transformers",
     },
     "generation": {
         "do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0,

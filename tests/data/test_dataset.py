@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from prefkit.config import load_config
+from prefkit.config.checks import CHECKING
+from prefkit.data.conversation import read_conversation
 from prefkit.data.dataset import RowView, RunData, load_data
+from prefkit.data.examples import Message, ToolCall
 from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
@@ -47,7 +50,7 @@ def load(folder: Path, tokenizer, write_config, monkeypatch: pytest.MonkeyPatch)
 
     def read(seed: int = 0, **keys: Any) -> RunData:
         given = {"dataset_dir": str(folder), "dataset": "a", "max_steps": 2, **keys}
-        config = load_config(write_config(**given), []).config
+        config = load_config(write_config(**given), [], CHECKING).config
         said.clear()
         return load_data(
             config, ChatTemplate(tokenizer, "chatml"), seed, said.append, lambda rows, title: rows
@@ -273,6 +276,44 @@ def test_other_stages_read_what_they_need(load: Load, folder: Path, tokenizer, w
         found[stage] = data.train[0]  # type: ignore[index]
     assert found["kto"].labels == ("undesirable", "partner") and len(found["kto"].response_ids) == 2
     assert found["ppo"].response_ids == [] and found["ppo"].prompt_ids == found["kto"].prompt_ids
+
+
+def test_ppo_keeps_the_whole_conversation_of_a_prompt(load: Load, folder: Path) -> None:
+    """Whatever answer the row has, and where its ids are cut too; read once, from disk, and streamed."""
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    tools = [{"name": "weather", "description": "d", "parameters": {"type": "object"}}]
+    turns = [("human", "Rome?"), ("function_call", json.dumps(call)), ("observation", "sunny"), ("gpt", "A")]
+    register(folder, "plain", [
+        {"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": ""}, {"instruction": "Q"},
+        {"instruction": "Q", "output": None}, {"instruction": "word " * 150, "system": "S"},
+    ], ranking=False)  # fmt: skip
+    rows = [
+        {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": json.dumps(tools)}
+    ]
+    register(folder, "chat", rows, ranking=False, formatting="sharegpt")
+    keys: dict[str, Any] = {
+        "stage": "ppo",
+        "dataset": "plain,chat",
+        "reward_function": "r.py:score",
+        "cutoff_len": 600,
+    }
+    for more in ({}, {}, {"streaming": True}):
+        data = load(**keys, disable_shuffling=True, **more)
+        found = [example for example, _ in zip(data.train, range(6), strict=False)]
+        read = [read_conversation(example.conversation) for example in found]
+        assert read[:4] == [((Message("user", "Q"),), ())] * 4
+        assert len({tuple(example.prompt_ids) for example in found[:4]}) == 1
+        assert not any(example.response_ids for example in found)
+        assert read[4][0] == (Message("system", "S"), Message("user", "word " * 150))
+        assert found[4].truncated and len(found[4].prompt_ids) == 600
+        messages, described = read[5]
+        assert messages == (
+            Message("user", "Rome?"),
+            Message("assistant", "", (ToolCall("weather", {"city": "Rome"}),)),
+            Message("tool", "sunny"),
+        )
+        assert described == tuple(tools)
+    assert load(dataset="a").train[0].conversation == ""  # type: ignore[index]
 
 
 @pytest.mark.parametrize("seed", range(6))

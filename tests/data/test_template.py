@@ -342,3 +342,52 @@ def test_control_tokens_must_be_tokens_of_the_model() -> None:
 def test_noncharacters_are_rejected(tokenizer) -> None:
     with pytest.raises(Degenerate, match="noncharacters"):
         encode(tokenizer, "chatml", [Message("user", "a\ufdd0b")])
+
+
+@pytest.mark.parametrize(
+    ("name", "closing"),
+    [(None, f"{END}\n"), ("chatml", f"{END}\n"), ("llama3", "<|eot_id|>"), ("empty", "")],
+)
+def test_what_an_answer_closes_with(tokenizer, name: str | None, closing: str) -> None:
+    assert tokenizer.decode(ChatTemplate(tokenizer, name).closing) == closing
+
+
+def test_an_answer_may_close_with_nothing() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}{% endfor %}"
+    assert ChatTemplate(tokenizer).closing == []
+
+
+CHANGED: dict[str, dict] = {
+    "another template": {"template": "llama3"},
+    "the models own": {"template": None},
+    "a system message": {"default_system": "Be kind."},
+    "thoughts": {"enable_thinking": False},
+    "thoughts kept": {"preserve_thinking": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_another_way_of_writing_is_known(change: str) -> None:
+    one, other = (
+        make_template(make_tokenizer(), DataConfig(**{"template": "chatml", **keys}))
+        for keys in ({}, CHANGED[change])
+    )
+    assert one.writes_as(one) and not one.writes_as(other) and not other.writes_as(one)
+
+
+def test_a_saved_tokenizer_writes_as_before(tmp_path: Path) -> None:
+    """Also with a token for padding that no row can have; not with other ids, or another way to split."""
+    for keys in ({"template": "chatml"}, {"default_system": "S", "enable_thinking": False}):
+        template = make_template(make_tokenizer(), DataConfig(**keys))
+        template.tokenizer.add_special_tokens({"pad_token": "<|reward_pad|>"})
+        template.tokenizer.save_pretrained(tmp_path)
+        saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        first = make_template(make_tokenizer(), DataConfig(**keys))
+        assert first.writes_as(make_template(saved, DataConfig(**keys)))
+    text = (tmp_path / "tokenizer.json").read_text()
+    for old, new in (('"add_prefix_space": false', '"add_prefix_space": true'), ('"!": 7', '"!": 500')):
+        assert old in text
+        (tmp_path / "tokenizer.json").write_text(text.replace(old, new, 1))
+        other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert not first.writes_as(make_template(other, DataConfig(**keys)))

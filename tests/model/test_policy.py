@@ -256,6 +256,25 @@ def test_a_forward_without_a_packed_batch_is_the_models_own() -> None:
     assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+def test_generate_still_knows_what_the_model_takes() -> None:
+    """Positions of GPT-2 are learned: a padded prompt needs its own, not those of the row."""
+    model = make_model("gpt2", n_positions=64, n_embd=32, n_head=4, n_layer=2).eval()
+    ids = torch.tensor([[0] * 6 + [20, 21, 22], list(range(30, 39))])
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+
+    def generate(first: int) -> list[int]:
+        rows = {"input_ids": ids[:, first:], "attention_mask": mask[:, first:]}
+        output = model.generate(**rows, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        return output[0, 9 - first :].tolist()
+
+    alone = generate(first=6)
+    assert generate(first=0) == alone
+    attach_logps_forward(model, read_architecture(model.config))
+    assert generate(first=0) == generate(first=6) == alone
+    assert model._supports_logits_to_keep()
+
+
 def make_routed(name: str):
     changes = {**SHARING, **REPEATING, "olmoe": OLMOE}[name]
     model = make_model(name, **changes).train()

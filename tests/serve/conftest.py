@@ -16,8 +16,8 @@ from prefkit.data.examples import Message
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
 from prefkit.model.scorer import Scorer, open_scorer
+from prefkit.runs.use import read_use_config
 from prefkit.serve.assistant import Assistant
-from prefkit.serve.load import read_use_config
 from tests.conftest import make_model, make_tokenizer
 from tests.model.test_reward import make_reward_model
 

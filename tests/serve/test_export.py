@@ -14,9 +14,10 @@ from prefkit.config.errors import UserError
 from prefkit.config.uses import EXPORT
 from prefkit.model.errors import ModelError
 from prefkit.model.generate import generate_responses
+from prefkit.runs.use import read_use_config
 from prefkit.serve import export as export_module
 from prefkit.serve.export import export
-from prefkit.serve.load import load_model, read_use_config
+from prefkit.serve.load import load_model
 from tests.train.runs import read, run
 
 

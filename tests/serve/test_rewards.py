@@ -80,6 +80,29 @@ def test_chats_are_templated(url: str, scorer: Scorer) -> None:
     assert found == pytest.approx([expected, other, expected], abs=1e-5)
 
 
+def test_what_is_too_long_is_cut_where_that_is_asked_for(url: str, scorer: Scorer) -> None:
+    long = [{**ASK, "content": "word " * 80}, CHAT[1]]
+    refused = post(url, CHATS, messages=[CHAT, long])
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    found = post(url, CHATS, messages=[CHAT, long], truncate=True).json()["rewards"]
+    tokenizer = scorer.template.tokenizer
+    ids = tokenizer.encode(templated(scorer, "one", "word " * 80), add_special_tokens=False)[-256:]
+    expected = [alone(scorer, text) for text in (templated(scorer, "one"), tokenizer.decode(ids))]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_an_unfinished_answer_has_no_end(truncate: bool, url: str, scorer: Scorer) -> None:
+    fields = {"unfinished": [1], "truncate": truncate}
+    found = post(url, CHATS, messages=[CHAT, CHAT], **fields).json()["rewards"]
+    text = templated(scorer, "one")
+    assert text.endswith("one<|im_end|>\n")
+    expected = [alone(scorer, text), alone(scorer, text.removesuffix("<|im_end|>\n"))]
+    assert found == pytest.approx(expected, abs=1e-5)
+    for wrong in ([2], [-1], ["x"]):
+        assert post(url, CHATS, messages=[CHAT, CHAT], unfinished=wrong).status_code == 400
+
+
 def test_a_prompt_is_computed_once_for_its_answers(url: str, scorer: Scorer) -> None:
     lengths: list[int] = []
     decoder: Any = scorer.model.model

@@ -22,8 +22,8 @@ from prefkit.data.readers import DataError
 from prefkit.files import DiskError
 from prefkit.model.scorer import Scorer
 from prefkit.runs.report import make_console
+from prefkit.runs.use import read_use_config
 from prefkit.serve import score
-from prefkit.serve.load import read_use_config
 from prefkit.serve.score import score_file
 from tests.serve.conftest import alone
 

@@ -20,8 +20,8 @@ from prefkit.config import load_config
 from prefkit.config.uses import EXPORT
 from prefkit.runs.report import make_console
 from prefkit.runs.reward_model import load_reward_model
+from prefkit.runs.use import read_use_config
 from prefkit.serve.export import export
-from prefkit.serve.load import read_use_config
 from prefkit.train.run import train
 from tests.slow.test_demo import ROOT, swap
 

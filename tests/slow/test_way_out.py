@@ -13,9 +13,10 @@ from prefkit.config import load_config
 from prefkit.config.uses import EXPORT
 from prefkit.data.examples import Message
 from prefkit.runs.report import make_console
+from prefkit.runs.use import read_use_config
 from prefkit.serve.assistant import Sampling, respond
 from prefkit.serve.export import export
-from prefkit.serve.load import load_assistant, read_use_config
+from prefkit.serve.load import load_assistant
 from prefkit.train.run import train
 
 ROOT = Path(__file__).parent.parent.parent
