@@ -371,3 +371,10 @@ def test_old_log_probs_of_the_training_forward_are_those_that_tokens_were_drawn_
 def test_half_precision_draws_too() -> None:
     for sampled in sample(make().to(torch.bfloat16), stops=[]):
         assert [len(ids) for ids in sampled.response_ids] == [14, 14]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral window short"])
+def test_mixed_precision_may_be_put_around_it(name: str) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample(make(name), stops=[])
+    assert all(len(ids) == 14 for sampled in found for ids in sampled.response_ids)
