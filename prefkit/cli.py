@@ -80,10 +80,9 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the report.")] = False,
 ) -> None:
     """Tell what a training would do and take; no weights are read. Exits with 3 if it does not fit."""
-    from prefkit.config.checks import CHECKING
     from prefkit.config.load import load_config
 
-    loaded = load_config(config, overrides or [], CHECKING)
+    loaded = load_config(config, overrides or [])
     if json:
         _say_warnings(loaded.warnings)
     from prefkit.check.memory import parse_size

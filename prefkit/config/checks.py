@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from .key import STAGES
 from .ppo_checks import PPO_ERRORS, PPO_NEEDS
 from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
-from .schema import KEYS, KTO_METRICS, METRICS, PART_METRICS, REWARD_METRICS, RunConfig, keys_of
+from .schema import KEYS, KTO_METRICS, METRICS, PART_METRICS, PPO_METRICS, REWARD_METRICS, RunConfig, keys_of
 
 # Names that transformers' report_to knows; a test compares them.
 _TRACKERS = {
@@ -257,6 +257,9 @@ ERRORS = (
           lambda v: v.stage == "rm" and (v.metric_for_best_model or not v.eval_on_each_dataset)
           and _metric(v) not in REWARD_METRICS,
           f"with stage: rm it is one of {', '.join(REWARD_METRICS)}, of a data set eval_NAME_METRIC"),
+    Check("best_metric_ppo", ("metric_for_best_model", "stage", "eval_on_each_dataset"),
+          lambda v: v.stage == "ppo" and v.metric_for_best_model and _metric(v) not in PPO_METRICS,
+          f"with stage: ppo it is one of {', '.join(PPO_METRICS)}, of a data set eval_NAME_METRIC"),
     Check("router_loss_rm", ("moe_aux_loss_coef", "stage"),
           lambda v: v.stage == "rm" and v.moe_aux_loss_coef,
           "a reward model is trained without the load-balancing loss: remove it"),
@@ -378,10 +381,4 @@ NEEDS = (
     Needs("loraplus_lr_embedding", lambda v: v.loraplus_lr_ratio, "loraplus_lr_ratio"),
 )  # fmt: skip
 
-_TRAINABLE = (
-    Check("stage_later", ("stage",), lambda v: False,
-          "{stage} is not in this version of prefkit: write dpo, kto or rm; `prefkit check` reads the data "
-          "of {stage}"),
-)  # fmt: skip
-CHECKING = Rules(ERRORS, WARNINGS, (*OF_STAGES, *NEEDS))
-TRAINING = Rules((*_TRAINABLE, *ERRORS), WARNINGS, (*OF_STAGES, *NEEDS))
+TRAINING = Rules(ERRORS, WARNINGS, (*OF_STAGES, *NEEDS))

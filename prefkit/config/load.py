@@ -40,7 +40,7 @@ def load_config(
     has no meaning of its own. `${env:NAME}` and `${other_key}` are filled in, see `interpolate`. A dotted
     key reaches into a mapping, as in `lr_scheduler_kwargs.num_cycles=2`. A key that only LLaMA-Factory knows
     is passed over or refused, see `foreign`; any other is an error that names the nearest key. `rules` say
-    what the config is for: `checks.TRAINING` or `checks.CHECKING`.
+    what the config is for: `checks.TRAINING`, or one of `uses`.
     """
     return _load(Path(path), overrides, {}, rules, RunConfig)
 

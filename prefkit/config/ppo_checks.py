@@ -60,6 +60,12 @@ PPO_ERRORS = (
     Check("reward_model_merge", ("reward_model_quantization_bit", "reward_model_adapters"),
           lambda v: v.reward_model_quantization_bit is not None and v.reward_model_adapters,
           "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("ppo_streaming", ("streaming", "stage"),
+          lambda v: v.stage == "ppo" and v.streaming,
+          "a rollout takes its prompts by number, so that a resumed run finds them again: remove it"),
+    Check("scheduler_ppo", ("lr_scheduler_type", "stage"),
+          lambda v: v.stage == "ppo" and v.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+          "{lr_scheduler_type} follows the evaluation loss, and ppo has none: write linear or cosine"),
     Check("ppo_ptx_dataset", ("ppo_ptx_dataset", "ppo_ptx", "stage"),
           lambda v: v.stage == "ppo" and v.ppo_ptx > 0 and not v.ppo_ptx_dataset,
           "missing; ppo_ptx needs prompts with answers to learn from: write the name of a data set"),
@@ -91,5 +97,6 @@ PPO_NEEDS = (
     *(Needs(key, lambda v: v.ppo_init_kl > 0, "ppo_init_kl above 0")
       for key in ("ppo_target", "ppo_kl_horizon")),
     Needs("ppo_value_clip", lambda v: v.ppo_value_coefficient > 0, "ppo_value_coefficient above 0"),
+    Needs("logging_first_step", lambda v: v.stage != "ppo", "another stage than ppo"),
     *(Needs(key, lambda v: v.do_sample, "do_sample") for key in ("temperature", "top_p", "top_k")),
 )  # fmt: skip

@@ -28,6 +28,8 @@ KTO_METRICS = (
     *("loss", "rewards/auc", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl"),
     *("logps/chosen", "logps/rejected", "count/chosen", "count/rejected"),
 )
+# What an evaluation of ppo measures, of answers.
+PPO_METRICS = ("score", "kl", "response_length", "eos_rate")
 
 
 _WRITING = ("dpo", "kto", "ppo")  # stages whose model writes text

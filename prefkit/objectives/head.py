@@ -63,7 +63,7 @@ def token_logps(
 def token_entropies(
     head: Callable[[Tensor], Tensor], hidden: Tensor, transform: LogitTransform, chunk: int
 ) -> Tensor:
-    """-sum p log p of p = softmax(transform(head(hidden))) in nats and fp32, (T,), for hidden states (T, H)."""
+    """-sum p log p in nats and fp32, (T,), of p = softmax(transform(head(hidden))) for hidden (T, H)."""
     found = []
     for part in hidden.split(chunk):
         logps = transform(head(part).float()).log_softmax(1)

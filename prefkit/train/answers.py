@@ -25,7 +25,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """A greedy answer to the prompt `source`, its score, its summed log-ratio to the reference and its tokens."""
+    """A greedy answer to the prompt `source`, its score, its summed log-ratio to the reference, its tokens."""
 
     source: str
     prompt: str

@@ -101,8 +101,8 @@ class SaveAndStop(TrainerCallback):
 
     In the last step of an epoch, or of the training, it is saved after the log line and the evaluation that
     come with the end of the epoch: a resumed run would not make up for them. `whole_epochs` says that nothing
-    is saved within one, which has what no checkpoint holds. This callback goes after those that have something
-    to write when a checkpoint is saved.
+    is saved within one, which has what no checkpoint holds. This callback goes after those that have
+    something to write when a checkpoint is saved.
     """
 
     def __init__(self, signals: StopSignals, whole_epochs: bool = False) -> None:

@@ -14,7 +14,6 @@ from prefkit.check.advice import change, find_advice
 from prefkit.check.memory import KEPT, PROCESS, Estimate, largest_batch, parse_size
 from prefkit.check.run import check
 from prefkit.config import load_config
-from prefkit.config.checks import CHECKING
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
@@ -26,7 +25,7 @@ LAYOUTS: tuple[Layout, ...] = ("shared", "repeat")
 
 
 def estimate(file: Path) -> Estimate:
-    return check(load_config(file, (), CHECKING), None, lambda text: None).memory.estimate
+    return check(load_config(file, ()), None, lambda text: None).memory.estimate
 
 
 def test_parts_are_those_of_the_run(write_config: Write) -> None:
@@ -121,7 +120,7 @@ def test_a_change_replaces_other_names_of_a_key(write_config: Write) -> None:
 
 def test_advice_really_fits(write_config: Write) -> None:
     file = write_config(finetuning_type="full", ref_cache=False)
-    loaded = load_config(file, (), CHECKING)
+    loaded = load_config(file, ())
     whole = check(loaded, None, lambda text: None).memory.estimate
     said: list[str] = []
     memory = check(loaded, whole.total - whole.reference, said.append).memory

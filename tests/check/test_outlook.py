@@ -13,7 +13,6 @@ import pytest
 from prefkit.check.outlook import expect_first_loss
 from prefkit.check.run import check
 from prefkit.config import load_config
-from prefkit.config.checks import CHECKING
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
@@ -58,7 +57,7 @@ def test_updates_and_passes_are_those_of_the_run(write_config: Callable[..., Pat
     config = write_config(
         max_steps=..., num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
-    ahead = check(load_config(config, (), CHECKING), None, lambda text: None).outlook
+    ahead = check(load_config(config, ()), None, lambda text: None).outlook
     train(load_config(config).config, make_console(io.StringIO()))
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert ahead.updates == state["global_step"] == 4

@@ -19,7 +19,6 @@ from prefkit.check.report import print_report, token_text
 from prefkit.check.run import Report, check
 from prefkit.check.tokens import render
 from prefkit.config import load_config
-from prefkit.config.checks import CHECKING
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from tests.conftest import make_tokenizer
@@ -39,7 +38,7 @@ def bare_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def report_of(file: Path, *overrides: str, budget: int | None = None) -> Report:
-    return check(load_config(file, overrides, CHECKING), budget, lambda text: None)
+    return check(load_config(file, overrides), budget, lambda text: None)
 
 
 def printed(report: Report, width: int = 80) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prefkit.config import ConfigError, load_config, load_use_config
-from prefkit.config.checks import CHECKING, ERRORS, NEEDS, OF_STAGES, TRAINING, WARNINGS
+from prefkit.config.checks import ERRORS, NEEDS, OF_STAGES, WARNINGS
 from prefkit.config.foreign import FOREIGN
 from prefkit.config.key import STAGES
 from prefkit.config.schema import KEYS
@@ -56,6 +56,8 @@ BROKEN = {
     "reward_model_bits": f"{JUDGED}reward_model_quantization_bit: 5\nreward_model_type: full",
     "reward_model_merge": f"{JUDGED}reward_model_type: full\nreward_model_quantization_bit: 4\n"
     "reward_model_adapters: a",
+    "ppo_streaming": f"{JUDGED}streaming: true\nmax_steps: 5",
+    "scheduler_ppo": f"{JUDGED}lr_scheduler_type: greedy\neval_strategy: epoch\nval_size: 0.1",
     "ppo_ptx_dataset": f"{JUDGED}ppo_ptx: 0.5",
     "ppo_ptx_weight": f"{JUDGED}ppo_ptx_dataset: answered",
     "vllm_base": f"{JUDGED}rollout_engine: vllm\nquantization_bit: 4",
@@ -94,6 +96,7 @@ BROKEN = {
     "best_metric_missing": f"{EACH}eval_strategy: epoch\nearly_stopping_steps: 2",
     "best_metric_loss": "metric_for_best_model: eval_sft_loss",
     "best_metric_rm": "stage: rm\nmetric_for_best_model: eval_accuracy",
+    "best_metric_ppo": f"{JUDGED}metric_for_best_model: eval_loss",
     "router_loss_rm": "stage: rm\nmoe_aux_loss_coef: 0.01",
     "bco_reference_free": "pref_loss: simpo\npref_beta: 2\npref_bco_weight: 1",
     "ld_alpha_reference_free": "pref_loss: orpo\nld_alpha: 0.5",
@@ -174,8 +177,6 @@ ALLOWED = [
     f"{EACH}stage: rm\nmetric_for_best_model: eval_b_rewards/margins",
     "stage: rm\nranked_responses: pairs\nlora_dropout: 0.1\nrm_center_coefficient: 0.01",
     "stage: rm\ndo_train: false\ndataset: null\ndo_eval: true\neval_dataset: held_out",
-]
-ALLOWED_TO_CHECK = [
     "stage: ppo\nreward_model: r\nval_size: 0.1\neval_strategy: epoch\nload_best_model_at_end: true\n"
     "save_strategy: epoch\nreport_to: swanlab\nref_model: r",
     "stage: ppo\nreward_model: r\nppo_epochs: 2\nppo_target: 3\nppo_buffer_size: 4\nppo_score_norm: true\n"
@@ -197,11 +198,11 @@ ALLOWED_TO_CHECK = [
 def load(tmp_path: Path):
     """Load BASE with some lines changed or added."""
 
-    def run(lines: str, rules=TRAINING):
+    def run(lines: str):
         changed = BASE | dict(line.split(": ", 1) for line in lines.splitlines())
         path = tmp_path / "run.yaml"
         path.write_text("".join(f"{key}: {value}\n" for key, value in changed.items()))
-        return load_config(path, (), rules)
+        return load_config(path)
 
     return run
 
@@ -217,7 +218,7 @@ def test_every_row_has_a_name_and_a_yaml():
 @pytest.mark.parametrize("row", ERRORS, ids=lambda row: row.name)
 def test_error(load, row):
     with pytest.raises(ConfigError) as caught:
-        load(BROKEN[row.name], CHECKING)
+        load(BROKEN[row.name])
     (problem,) = caught.value.problems
     assert problem.startswith(row.keys[0] + ": " + row.message.partition("{")[0])
     assert "{" not in problem
@@ -232,11 +233,6 @@ def test_warning(load, row):
 @pytest.mark.parametrize("lines", ALLOWED)
 def test_allowed(load, lines):
     assert load(lines).warnings == ()
-
-
-@pytest.mark.parametrize("lines", ALLOWED_TO_CHECK)
-def test_allowed_to_check(load, lines):
-    assert load(lines, CHECKING).warnings == ()
 
 
 @pytest.mark.parametrize("lines", ["", "val_size: 0.1\ndo_train: false\nref_model: r", "eval_dataset: a"])
@@ -268,7 +264,7 @@ def test_a_key_of_another_stage_is_named(load, row):
     stage = next(stage for stage in STAGES if stage not in key.stages)
     value = OTHERWISE.get(row.key) or (str(not key.default).lower() if key.types == ("bool",) else "0.5")
     lines = f"stage: {stage}\n{row.key}: {value}" + ("\nreward_model: r" if stage == "ppo" else "")
-    (warning,) = load(lines, CHECKING).warnings
+    (warning,) = load(lines).warnings
     assert warning.startswith("without effect: ")
     assert f"{row.key} (needs stage: {' or '.join(key.stages)})" in warning
 
@@ -338,7 +334,7 @@ def test_adapters_go_upon_a_whole_reward_model_alone(load, kind):
     address = "http://localhost:8000/score" if kind == "api" else "r"
     lines = f"stage: ppo\nreward_model: {address}\nreward_model_type: {kind}\nreward_model_adapters: a"
     with pytest.raises(ConfigError, match=f"and reward_model_type is {kind}: write reward_model_type: full"):
-        load(lines, CHECKING)
+        load(lines)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +353,7 @@ def test_adapters_go_upon_a_whole_reward_model_alone(load, kind):
 )
 def test_a_function_is_named_by_its_file(load, written, is_one):
     try:
-        assert load(f"stage: ppo\nreward_function: '{written}'", CHECKING).warnings == ()
+        assert load(f"stage: ppo\nreward_function: '{written}'").warnings == ()
     except ConfigError as error:
         assert not is_one and "write path/to/file.py:name" in str(error)
     else:
@@ -375,8 +371,8 @@ def test_a_function_is_named_by_its_file(load, written, is_one):
 )
 def test_vllm_takes_a_model_from_its_folder_with_plain_lora(load, line):
     with pytest.raises(ConfigError, match=r"rollout_engine: vllm .*write rollout_engine: transformers"):
-        load(f"{JUDGED}rollout_engine: vllm\n{line}", CHECKING)
-    assert load(f"{JUDGED}{line}", CHECKING)
+        load(f"{JUDGED}rollout_engine: vllm\n{line}")
+    assert load(f"{JUDGED}{line}")
 
 
 MEASURED = "do_train: false\nadapter_name_or_path: a\ndo_eval: true\neval_dataset: held_out"
@@ -397,6 +393,7 @@ IDLE = {
     "ppo_target": f"{JUDGED}ppo_target: 5\nppo_init_kl: 0",
     "ppo_kl_horizon": f"{JUDGED}ppo_kl_horizon: 100\nppo_init_kl: 0",
     "ppo_value_clip": f"{JUDGED}ppo_value_clip: 0.5\nppo_value_coefficient: 0",
+    "logging_first_step": f"{JUDGED}logging_first_step: true",
     "temperature": f"{JUDGED}temperature: 0.5\ndo_sample: false",
     "top_p": f"{JUDGED}top_p: 0.5\ndo_sample: false",
     "top_k": f"{JUDGED}top_k: 5\ndo_sample: false",
@@ -429,7 +426,7 @@ IDLE = {
 
 @pytest.mark.parametrize("row", NEEDS, ids=lambda row: row.key)
 def test_a_key_without_effect_is_named(load, row):
-    assert load(IDLE[row.key], CHECKING).warnings == (f"without effect: {row.key} (needs {row.condition})",)
+    assert load(IDLE[row.key]).warnings == (f"without effect: {row.key} (needs {row.condition})",)
 
 
 def test_keys_without_effect_share_one_warning_and_off_is_silent(load):

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from prefkit.config import ConfigError, dump_yaml, load_config
-from prefkit.config.checks import CHECKING
 from prefkit.config.schema import KEYS
 from tests.config.conftest import MINIMAL
 
@@ -157,17 +156,6 @@ def test_a_list_of_numbers(load, written, value):
 def test_one_problem_is_named(problems, line, message):
     (problem,) = problems(line)
     assert message in problem
-
-
-@pytest.mark.parametrize("stage", ["ppo"])
-def test_other_stages_are_only_checked_yet(load, problems, stage):
-    base = MINIMAL.replace("dpo", stage)
-    (problem,) = problems("reward_model: r", base=base)
-    assert problem == (
-        f"stage: {stage} is not in this version of prefkit: write dpo, kto or rm; `prefkit check` reads "
-        f"the data of {stage} (line 2)"
-    )
-    assert load("reward_model: r" if stage == "ppo" else "", base=base, rules=CHECKING).warnings == ()
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from prefkit.config import load_config
-from prefkit.config.checks import CHECKING
 from prefkit.data.conversation import read_conversation
 from prefkit.data.dataset import RowView, RunData, load_data
 from prefkit.data.examples import Message, ToolCall
@@ -50,7 +49,7 @@ def load(folder: Path, tokenizer, write_config, monkeypatch: pytest.MonkeyPatch)
 
     def read(seed: int = 0, **keys: Any) -> RunData:
         given = {"dataset_dir": str(folder), "dataset": "a", "max_steps": 2, **keys}
-        config = load_config(write_config(**given), [], CHECKING).config
+        config = load_config(write_config(**given), []).config
         said.clear()
         return load_data(
             config, ChatTemplate(tokenizer, "chatml"), seed, said.append, lambda rows, title: rows

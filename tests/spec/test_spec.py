@@ -14,7 +14,6 @@ import pytest
 
 from prefkit.check.run import check
 from prefkit.config import ConfigError, load_config
-from prefkit.config.checks import CHECKING
 from prefkit.data.readers import DataError
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
@@ -38,7 +37,6 @@ BLOCKS = {
 }
 RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml", "kto.yaml", "reward.yaml")
 REFUSED = {
-    "ppo.yaml": "stage: .*ppo",
     "deepspeed.yaml": "deepspeed: not in this version",
 }
 OTHER = {"dpo_alpaca.json", "dpo_sharegpt.json", "kto_data.json", "ppo_data.json", "multimodal.yaml"}
@@ -134,7 +132,7 @@ def test_blocks_of_later_stages_and_their_data_are_checked(
         entry["formatting"] = "sharegpt"
     (tmp_path / "dataset_info.json").write_text(json.dumps({dataset: entry}))
     given = [f"model_name_or_path={tiny_model}", f"dataset_dir={tmp_path}", "report_to=none"]
-    report = check(load_config(write(name, tmp_path), given, CHECKING), None, lambda text: None)
+    report = check(load_config(write(name, tmp_path), given), None, lambda text: None)
     ((_, parts),) = report.examples
     assert [part.kind for part in parts] == kinds
     assert report.ledgers[0].is_balanced and report.ledgers[0].trained == 1

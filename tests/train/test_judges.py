@@ -15,7 +15,6 @@ from torch import nn
 
 import prefkit.train.run
 from prefkit.config import RunConfig, TuningConfig, load_config
-from prefkit.config.checks import CHECKING
 from prefkit.config.errors import UserError
 from prefkit.config.uses import SCORING
 from prefkit.data.examples import Message
@@ -49,7 +48,7 @@ def configure(write_config: Callable[..., Path]) -> Configure:
 
     def make(**keys: Any) -> RunConfig:
         given = {"stage": "ppo", "dataset": "judged", "template": "chatml", "cutoff_len": 64, **keys}
-        return load_config(write_config(**given), [], CHECKING).config
+        return load_config(write_config(**given), []).config
 
     return make
 
