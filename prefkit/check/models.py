@@ -65,7 +65,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
         policy = prepare_for_training(base, fresh, tuning, resized, mixed)
         if not args.do_train:
             policy.requires_grad_(False)
-        layout = prepare_for_batches(base_of(policy), config.model, config.data.cutoff_len, lambda text: None)
+        layout = prepare_for_batches(base_of(policy), config.model, config.longest_row, lambda text: None)
         second, copies_adapter = _second_model(config, args, policy, layout, num_train, vocabulary)
     needs = needs_reference(config)
     is_adapter = tuning.finetuning_type == "lora"

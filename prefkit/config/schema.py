@@ -335,6 +335,12 @@ class RunConfig:
         adapters = self.model.adapter_name_or_path
         return adapters[:-1] if self.continued_adapter else adapters
 
+    @property
+    def longest_row(self) -> int:
+        """The most tokens of a prompt with a response: of ppo, `cutoff_len` is that of the prompt."""
+        drawn = self.generation.max_new_tokens if self.method.stage == "ppo" else 0
+        return self.data.cutoff_len + drawn
+
     def value(self, name: str) -> Any:
         """The value that holds for a YAML key, given or default; KeyError where there is no such key."""
         found = KEYS[name]

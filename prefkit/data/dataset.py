@@ -34,7 +34,8 @@ class RunData:
     """What a run trains on and measures itself by, and the ledgers of all data sets.
 
     `train` are rows, or an endless stream; `held_out_parts` is `held_out` by the name of its data set,
-    where each is to be evaluated by itself; `has_margins` says that pairs have a margin of their own.
+    where each is to be evaluated by itself; `has_margins` says that pairs have a margin of their own;
+    `answers` are learnt as they are beside responses that are drawn.
     """
 
     train: RowView | StreamedRows
@@ -42,6 +43,7 @@ class RunData:
     ledgers: list[Ledger]
     held_out_parts: dict[str, RowView] = field(default_factory=dict)
     has_margins: bool = False
+    answers: RowView = field(default_factory=lambda: RowView([], np.zeros((0, 3), dtype=np.int64)))
 
     def first(self, number: int) -> list[TokenizedExample]:
         """The first examples that are held out, or else trained on."""
@@ -73,7 +75,13 @@ def load_data(config: RunConfig, template: ChatTemplate, seed: int, say: Say, tr
     else:
         train, first, own_ledgers = loader.load_training(training)
         held_out = first if data.val_size else held_out
-    return RunData(train, held_out, [*own_ledgers, *ledgers], parts, has_margins)
+    found = RunData(train, held_out, [*own_ledgers, *ledgers], parts, has_margins)
+    if not config.ppo.ppo_ptx_dataset:
+        return found
+    answering = replace(loader, encoder=replace(encoder, use="answer"))
+    entries = find_datasets(data.dataset_dir, config.ppo.ppo_ptx_dataset, "answer", config.model.cache_dir)
+    answers, more = answering.load_answers(entries)
+    return replace(found, answers=answers, ledgers=[*found.ledgers, *more])
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,18 @@ class _Loader:
                 raise DataError(f"eval_on_each_dataset: two data sets would both be called {entry.label}")
             parts[entry.label] = held_out.of_table(k)
         return held_out, parts, ledgers
+
+    def load_answers(self, entries: Sequence[DatasetEntry]) -> tuple[RowView, list[Ledger]]:
+        """All rows, each with an answer to learn as it is, and the ledgers, which say what for."""
+        tables = _Tables([self._load(entry) for entry in entries])
+        rows = tables.all_rows
+        if not len(rows):
+            why = "; ".join(ledger.explain() for ledger in tables.ledgers)
+            raise DataError(f"ppo_ptx_dataset: no row is left to train on; {why}")
+        ledgers = [tables.settle(k, rows, _NO_ROWS) for k in range(len(entries))]
+        return tables.view(rows, split=False), [
+            replace(ledger, name=f"{ledger.name} (ppo_ptx)") for ledger in ledgers
+        ]
 
     def load_training(self, entries: Sequence[DatasetEntry]) -> tuple[RowView, RowView, list[Ledger]]:
         """What is trained on, what of it is held out, and the ledgers."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 # A partner is no answer to its prompt: see `data.partners`.
-Label = Literal["chosen", "rejected", "ranked", "desirable", "undesirable", "partner", "scored"]
+Label = Literal["chosen", "rejected", "ranked", "desirable", "undesirable", "partner", "scored", "answer"]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from prefkit.data.messages import (
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
-# What is read of a row: responses that are compared, one that is judged, the prompt alone, or any responses.
-Use = Literal["pairs", "judged", "prompts", "scored"]
+# What is read of a row: responses that are compared, one that is judged, the prompt alone, any responses, or
+# the answer to learn as it is.
+Use = Literal["pairs", "judged", "prompts", "scored", "answer"]
 
 _COMMON = {
     "system": "system",
@@ -112,6 +113,7 @@ def make_example(row: object, layout: RowFormat, use: Use, source: str) -> Examp
         "judged": _read_judged,
         "prompts": _read_prompt,
         "scored": _read_scored,
+        "answer": _read_answer,
     }
     prompt, responses, pairs = readers[use](row, layout)
     column = layout.column("tools")
@@ -175,6 +177,21 @@ def _read_scored(row: Row, layout: RowFormat) -> Parts:
         Response(turn.content, label, turn.calls) for label, turns in answers.items() for turn in turns
     ]
     return prompt, responses, []
+
+
+def _read_answer(row: Row, layout: RowFormat) -> Parts:
+    """A prompt and the answer to it: the one there is, the chosen one, or the best of a list."""
+    if _has_list(row, layout):
+        prompt, turns = _listed(row, layout)
+        scores = _scores(row, layout, len(turns))
+        answer = turns[scores.index(max(scores))] if turns else None
+    elif layout.formatting == "hh" or layout.required("chosen") in row:
+        prompt, answer, _ = _compared(row, layout)
+    else:
+        prompt, answer = _answered(row, layout)
+    if answer is None or _is_empty(answer):
+        raise Degenerate("empty response")
+    return prompt, [Response(answer.content, "answer", answer.calls)], []
 
 
 def _read_ranked(row: Row, layout: RowFormat) -> Parts:

@@ -60,12 +60,18 @@ def judged_metrics(logps: Tensor, rewards: Tensor, desirable: Tensor, kl: Tensor
 
 
 def by_label(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics as they are averaged: those of judged responses apart by label, (m,) each with m <= M.
+    """Metrics as they are averaged: those of judged responses apart by label, those of ppo without the tokens
+    of answers that were not drawn, which alone have a `ppo/ptx_loss`; (m,) each with m <= M.
 
     >>> of_rows = {"rewards": torch.tensor([1.0, 2.0, 5.0]), "desirable": torch.tensor([1.0, 0.0, 1.0])}
     >>> by_label(of_rows)
     {'rewards/chosen': tensor([1., 5.]), 'rewards/rejected': tensor([2.])}
     """
+    if "is_answer" in values:
+        is_answer = values["is_answer"] > 0
+        drawn = {name: it[~is_answer] for name, it in values.items() if name.startswith("ppo/")}
+        own = {name: it for name, it in values.items() if name not in drawn and name != "is_answer"}
+        return own | drawn | {"ppo/ptx_loss": values["ppo/ptx_loss"][is_answer]}
     if "desirable" not in values:
         return dict(values)
     is_chosen = values["desirable"] > 0

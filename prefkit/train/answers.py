@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,10 @@ from accelerate.utils import gather_object
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import pack
 from prefkit.files import naming, replace_text
-from prefkit.model.rollout import Stream
+from prefkit.train.answering import Answerer
 
 if TYPE_CHECKING:
-    from prefkit.train.rollouts import RolloutSource
+    from prefkit.train.trainer import PrefTrainer
 
 SAMPLES_FILE, SAMPLES_PAGE = "eval_samples.jsonl", "eval_samples.md"
 _SHOWN = 20
@@ -25,7 +25,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """A greedy answer to the prompt `source`, its score, its summed log-ratio to the reference, its tokens."""
+    """A greedy answer to the prompt `source`: score, summed log-ratio to the reference, tokens."""
 
     source: str
     prompt: str
@@ -36,9 +36,11 @@ class JudgedAnswer:
     ended: bool
 
 
-def answer_and_judge(rollouts: RolloutSource, rows: Sequence[TokenizedExample]) -> list[JudgedAnswer]:
-    """An answer to each of the rows, in order; the ranks share the work."""
-    args = rollouts.args
+def answer_and_judge(
+    trainer: PrefTrainer, answerer: Answerer, rows: Sequence[TokenizedExample]
+) -> list[JudgedAnswer]:
+    """An answer to each of the rows, in order; the ranks share the work. Raises `JudgeFailed`."""
+    args = trainer.args
     size, rank, world = args.per_device_eval_batch_size, args.process_index, args.world_size
     # Every rank makes the same number of batches, the last of them perhaps once more.
     rounds = -(-len(rows) // (size * world))
@@ -47,20 +49,21 @@ def answer_and_judge(rollouts: RolloutSource, rows: Sequence[TokenizedExample]) 
         first = (number * world + rank) * size
         places = [min(place, len(rows) - 1) for place in range(first, first + size)]
         places = list(dict.fromkeys(places))
-        own += zip(places, _answer(rollouts, [rows[place] for place in places]), strict=True)
+        own += zip(places, _answer(trainer, answerer, [rows[place] for place in places]), strict=True)
     found = dict(gather_object(own)) if world > 1 else dict(own)
     return [found[place] for place in sorted(found)]
 
 
-def _answer(rollouts: RolloutSource, rows: Sequence[TokenizedExample]) -> Iterator[JudgedAnswer]:
-    generation = replace(rollouts.config.generation, do_sample=False)
-    stream = Stream(rollouts.args.seed, 0)
-    answered, ended = rollouts.draw(rows, range(len(rows)), stream, generation, 1)
-    scores = rollouts.judge_rows(answered, ended)
-    kls = rollouts.measured(pack(answered, rollouts.policy.layout).to_dict())["kls"].tolist()
-    for row, (score,), kl, (end,) in zip(answered, scores, kls, ended, strict=True):
+def _answer(
+    trainer: PrefTrainer, answerer: Answerer, rows: Sequence[TokenizedExample]
+) -> Iterator[JudgedAnswer]:
+    drawn = answerer.draw_greedy(trainer, rows)
+    scores = answerer.score(trainer, drawn)
+    batch = pack(drawn.rows, answerer.policy.layout).to_dict()
+    kls = answerer.measure(trainer, batch).kls.tolist()
+    for row, (score,), kl, (end,) in zip(drawn.rows, scores, kls, drawn.ended, strict=True):
         ids = row.response_ids[0]
-        text = rollouts.text_of(ids).strip()
+        text = answerer.text_of(ids).strip()
         yield JudgedAnswer(row.source, row.question, text, score, kl, len(ids), end)
 
 

@@ -161,6 +161,11 @@ class ProgressBar(TrainerCallback):
             console=console,
         )
 
+    def show(self, what: str) -> None:
+        """Say what goes on, in a word or two."""
+        if self.progress.tasks:
+            self.progress.update(self.task, description=what)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

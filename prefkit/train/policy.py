@@ -78,7 +78,7 @@ def build_policy(
         )
     if config.method.stage == "ppo":
         add_value_head(model)
-    layout = prepare_for_batches(base_of(model), config.model, config.data.cutoff_len, say)
+    layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say)
     policy = Policy(model, layout, _compute_dtype(model, args))
     _tell_weights(policy, say)
     return policy
@@ -89,7 +89,7 @@ def _load_base(
 ) -> PreTrainedModel:
     """The model without adapters. A head for scores is a new one only where it is going to be trained."""
     if config.method.stage != "rm":
-        return load_causal_lm(config.model, config.data.cutoff_len)
+        return load_causal_lm(config.model, config.longest_row)
     base = load_reward_base(config.model, config.data.cutoff_len, args.seed if args.do_train else None)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     name = config.model.model_name_or_path

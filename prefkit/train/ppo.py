@@ -15,8 +15,7 @@ from prefkit.model.policy import response_logps
 from prefkit.objectives.ppo import policy_loss, policy_metrics, value_loss
 from prefkit.train.stages import StageOutput
 
-# How far the ratio of the policy to the one that drew may be from 1 before the first update of a rollout, on
-# average over the tokens of a micro-batch.
+# How far the ratio of the policy to the one that drew may be from 1 before the first update of a rollout.
 RATIO_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -26,7 +25,9 @@ class RatioError(UserError):
 
 class PpoStage:
     """The clipped losses of policy and value of a packed batch of drawn responses, which has in `drawn` their
-    `old_logps`, `old_values`, `advantages` and `returns`, (T,) each.
+    `old_logps`, `old_values`, `advantages` and `returns`, (T,) each. Where it has answers to learn as they
+    are too, `is_answer` (T,) tells their tokens, whose loss is the negative log-likelihood, and `scale` (T,)
+    what the loss of each token is multiplied by.
 
     `expects_identity` asks for the ratio of the next batch to be 1; `RolloutSource` sets it for the first of
     each rollout. The KL and the scores are kept there too.
@@ -53,29 +54,35 @@ class PpoStage:
             self._check_ratio(policy.token_logps.detach(), old, batch["rows"])
             self.expects_identity = False
         config = self.config
-        of_policy = policy_loss(policy.token_logps, old, drawn["advantages"], clip=config.ppo_clip)
+        logps = policy.token_logps
+        of_policy = policy_loss(logps, old, drawn["advantages"], clip=config.ppo_clip)
         of_value = value_loss(
             policy.values, drawn["old_values"], drawn["returns"], clip=config.ppo_value_clip
         )
         losses = of_policy + config.ppo_value_coefficient * of_value
-        metrics = {
-            f"ppo/{name}": it
-            for name, it in policy_metrics(policy.token_logps, old, clip=config.ppo_clip).items()
-        }
+        moved = policy_metrics(logps, old, clip=config.ppo_clip)
+        metrics = {f"ppo/{name}": moved[name] for name in ("clip_fraction", "approx_kl")}
         metrics |= {"ppo/policy_loss": of_policy.detach(), "ppo/value_loss": of_value.detach()}
+        ratios = moved["ratio"]
+        if (is_answer := drawn.get("is_answer")) is not None:
+            losses = torch.where(is_answer, -logps, losses) * drawn["scale"]
+            metrics |= {"is_answer": is_answer.float(), "ppo/ptx_loss": -logps.detach()}
+            ratios = ratios[~is_answer]
         if policy.router_loss is not None:
             losses = losses + self.router_loss_weight * policy.router_loss
             metrics["router_loss"] = policy.router_loss.detach().expand(len(losses))
-        return StageOutput(losses, metrics, {"old logps": old, "advantages": drawn["advantages"]})
+        reference = {"old logps": old, "advantages": drawn["advantages"]}
+        largest = {"ppo/ratio_max": ratios.max()} if len(ratios) else {}
+        return StageOutput(losses, metrics, reference, largest)
 
     def _check_ratio(self, logps: Tensor, old: Tensor, rows: tuple[str, ...]) -> None:
         tolerance = RATIO_TOLERANCE[self.dtype]
-        apart = ((logps - old).exp() - 1).abs().mean().item()
+        apart = ((logps - old).exp() - 1).abs().max().item()
         if not apart <= tolerance:
             raise RatioError(
-                "Before the first update of a rollout the policy must be the one that drew it, but the ratio of "
-                f"their probabilities is {apart:.2g} away from 1 (tolerance {tolerance:g} in {self.dtype}) on "
-                f"{', '.join(rows)}."
+                "Before the first update of a rollout the policy must be the one that drew it, but the ratio "
+                f"of their probabilities is {apart:.2g} away from 1 (tolerance {tolerance:g} in "
+                f"{self.dtype}) on {', '.join(rows)}."
             )
 
     def statistics(self, model: nn.Module, pieces: Iterable[dict[str, Any]]) -> dict[str, Tensor]:

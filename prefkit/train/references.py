@@ -124,11 +124,11 @@ class ReferenceBuilder:
         """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
         config, own = self.config, self.config.reference
         model_config = replace(_ref_model_config(config), batch_layout=self.policy.layout)
-        model = load_causal_lm(model_config, config.data.cutoff_len)
+        model = load_causal_lm(model_config, config.longest_row)
         fit_vocabulary(model, self.tokenizer, model_config)
         model = merge_adapters(model, own.ref_model_adapters, model_config)
         try:
-            prepare_for_batches(model, model_config, config.data.cutoff_len, lambda text: None)
+            prepare_for_batches(model, model_config, config.longest_row, lambda text: None)
         except UserError as error:
             raise UserError(f"ref_model: {error}; write batch_layout: repeat") from error
         return FrozenModel(model.to(self.args.device), self._model_name(), False, self._autocast)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
 from prefkit.model.reward_model import make_score_probe, write_score_probe
-from prefkit.model.rollout import Stream
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.calibration import (
     CALIBRATION_FILE,
@@ -42,6 +41,7 @@ from prefkit.runs.plots import plot_curves
 from prefkit.runs.record import write_data_report, write_model_card, write_record
 from prefkit.runs.report import make_tracker, print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
+from prefkit.train.answering import Answerer
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.callbacks import (
     EarlyStopping,
@@ -52,7 +52,8 @@ from prefkit.train.callbacks import (
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
 from prefkit.train.dpo import DpoStage
-from prefkit.train.judges import build_judge
+from prefkit.train.engine import PolicyEngine
+from prefkit.train.judges import build_judge, fingerprint_judges
 from prefkit.train.kto import KtoStage
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import Pieces, naming_memory_faults
@@ -62,7 +63,8 @@ from prefkit.train.policy import Policy, build_policy, choose_policy_logps
 from prefkit.train.ppo import PpoStage
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.reward import RewardStage
-from prefkit.train.rollouts import RolloutSource, count_in_rollouts, updates_per_rollout
+from prefkit.train.rollout_count import count_in_updates, updates_per_step
+from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
@@ -83,6 +85,7 @@ _SHOWN_METRICS = {
     "response_length": "length",
 }
 _PROBED = 256  # rows among which the shortest are taken for the probe
+_ANSWERED, _ANSWER_TOKENS = 4, 32  # of prompts alone so many get an answer for the probe, of so many tokens
 
 
 def train(config: RunConfig, console: Console) -> None:
@@ -128,20 +131,23 @@ def _train(
     if not isinstance(data.train, StreamedRows):
         print_ledger(console, data.ledgers)
     weights = fingerprints(config)
+    if config.method.stage == "ppo":
+        weights |= fingerprint_judges(config)
     identity = identify(config, template, data, weights, args.world_size)
     if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
         console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
     if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
-        count_in_rollouts(config, args, len(data.train))
+        count_in_updates(config, args, len(data.train))
     policy = build_policy(config, args, tokenizer, console.print)
     reference: Reference | None = None
     if config.method.stage != "rm":
         builder = ReferenceBuilder(config, args, policy, tokenizer, data, weights, console.print, tracker)
         reference = builder.build()
-    trainer = _build_trainer(config, args, policy, reference, data, template, folder, signals, console)
-    trainer.identity = identity
     watchdog = Watchdog(config.output.hang_timeout, args.process_index)
-    trainer.add_callback(Heartbeat(watchdog))
+    trainer = _build_trainer(
+        config, args, policy, reference, data, template, folder, signals, console, watchdog
+    )
+    trainer.identity = identity
     run = Run(config, folder, trainer, policy, reference, template, data, weights, console, watchdog)
     run.check_space()
     if run.leads:
@@ -183,16 +189,20 @@ def _build_trainer(
     folder: OutputFolder,
     signals: StopSignals,
     console: Console,
+    watchdog: Watchdog,
 ) -> PrefTrainer:
     stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
     rollouts = None
+    updates = updates_per_step(config)
+    bar = ProgressBar(console, updates)
     if isinstance(stage, PpoStage):
         assert reference is not None and not isinstance(data.train, StreamedRows)
         judge = build_judge(config, policy.model, template, console.print)
         console.print(f"Judge: {judge.name}.")
-        rollouts = RolloutSource(config, args, policy, reference, judge, template, data.train, stage)
-    updates = updates_per_rollout(config) if rollouts is not None else 1
-    bar = ProgressBar(console, updates)
+        engine = PolicyEngine(policy, watchdog.beat)
+        answerer = Answerer(policy, reference, judge, engine, template, config.generation)
+        rollouts = RolloutSource(config, args, answerer, stage, data.train, data.answers)
+        rollouts.show = bar.show
     trainer = PrefTrainer(
         policy.model,
         args,
@@ -214,6 +224,7 @@ def _build_trainer(
     if config.method.early_stopping_steps:
         trainer.add_callback(EarlyStopping(config.method.early_stopping_steps))
     trainer.add_callback(SaveAndStop(signals, whole_epochs=rollouts is not None))
+    trainer.add_callback(Heartbeat(watchdog))
     return trainer
 
 
@@ -314,9 +325,8 @@ class Run:
         """The rows as they are, or a few of them with greedy answers, where they are prompts alone."""
         if self.trainer.rollouts is None:
             return rows
-        few = sorted(rows, key=lambda row: row.num_tokens)[:4]
-        greedy = replace(self.config.generation, do_sample=False, max_new_tokens=32)
-        return self.trainer.rollouts.draw(few, range(len(few)), Stream(0, 0), greedy, 1)[0]
+        few = sorted(rows, key=lambda row: row.num_tokens)[:_ANSWERED]
+        return self.trainer.rollouts.answerer.draw_greedy(self.trainer, few, _ANSWER_TOKENS).rows
 
     def _settle_stream(self) -> None:
         """Count the rows of a stream that were trained on, now that it is known."""

@@ -26,14 +26,16 @@ class IdentityError(UserError):
 @dataclass(frozen=True)
 class StageOutput:
     """Losses (M,), with gradient, and metrics by name, (M,) each, without; `reference` has the log-probs by
-    name, (M,) each, that the losses rest on besides those of the policy.
+    name, (M,) each, that the losses rest on besides those of the policy, and `largest` numbers, () each, of
+    which the log has the largest since its last line.
 
-    M counts pairs, or judged responses.
+    M counts pairs, or judged responses, or tokens that were drawn.
     """
 
     losses: Tensor
     metrics: dict[str, Tensor]
     reference: dict[str, Tensor] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Stage(Protocol):

@@ -21,12 +21,13 @@ from prefkit.data.packing import Layout, pack, rows_of_losses
 from prefkit.data.view import RowView
 from prefkit.files import replace_text
 from prefkit.objectives.metrics import by_label, held_out_metrics, means
+from prefkit.train.answered import JudgeFailed
 from prefkit.train.answers import answer_and_judge, means_of, write_answers
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.rollouts import RolloutSource
-from prefkit.train.signals import StopSignals, ignore_in_worker
+from prefkit.train.signals import Interrupted, StopSignals, ignore_in_worker
 from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import Stage, StageOutput
 
@@ -74,6 +75,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
+        self._step_largest: dict[str, Tensor] = {}
+        self._window_largest: dict[str, Tensor] = {}
         self._metric_names: list[str] = []  # of what is averaged over a step
         self._columns: list[str] = []  # of what an evaluation says of each row
         self.training_pieces = pieces
@@ -81,9 +84,16 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self._step_inputs: list[dict[str, Any]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Raises `OutOfMemory` also where memory runs out between the batches."""
+        """Train. Raises `OutOfMemory` also where memory runs out between the batches, and `JudgeFailed` when
+        responses could not be judged, after a checkpoint was saved."""
         try:
             return super().train(*args, **kwargs)
+        except JudgeFailed as error:
+            if saved := self._save_between_rollouts():
+                raise JudgeFailed(
+                    f"{error} {saved} is saved: the same command goes on from there."
+                ) from error
+            raise
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -91,6 +101,21 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
                 f"Step {self.state.global_step + 1}: out of memory outside of the batches, as in the update "
                 f"of the weights. {self.training_pieces.advise()}"
             ) from error
+
+    def stop_if_asked(self) -> None:
+        """Between two rollouts: save a checkpoint and raise `Interrupted` when a signal came to any rank."""
+        received = torch.tensor([self.signals.received], device=self.args.device)
+        self.signals.agreed = int(self.accelerator.gather(received).max())
+        if self.signals.agreed:
+            raise Interrupted(self.signals.agreed, self._save_between_rollouts())
+
+    def _save_between_rollouts(self) -> str:
+        """Save a checkpoint unless it is there; its path, or nothing before the first rollout."""
+        step = self.state.global_step
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        if step and not checkpoint.is_dir():
+            self._save_checkpoint(cast("nn.Module", self.model), None)
+        return str(checkpoint) if step else ""
 
     def get_train_dataloader(self) -> Any:
         """The rows to train on, or what is drawn in rollouts, of which each is an epoch."""
@@ -134,7 +159,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
         def undo() -> None:
             model.zero_grad()
-            self._step_sums = {}
+            self._step_sums, self._step_largest = {}, {}
             self.stage.forget_step()
             self.guard.forget()
             todo[:] = self._step_inputs
@@ -227,7 +252,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         metrics: dict[str, float] = {}
         for name, rows in parts.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            answers = answer_and_judge(self.rollouts, rows)
+            answers = answer_and_judge(self, self.rollouts.answerer, rows)
             found = {f"{prefix}{key}": value for key, value in means_of(answers).items()}
             if self.is_world_process_zero():
                 write_answers(answers, self.rollouts.number, Path(str(self.args.output_dir)), name)
@@ -263,6 +288,11 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             found = means(self._sums_of_ranks(self._window_sums))
             logs.update({name: value for name, value in found.items() if name != "loss"})
             self._window_sums = {}
+        if "loss" in logs and self._window_largest:
+            names, values = zip(*self._window_largest.items(), strict=True)
+            largest = self.accelerator.gather(torch.stack(values)[None]).amax(0)
+            logs.update(zip(names, largest.tolist(), strict=True))
+            self._window_largest = {}
         if "loss" in logs and self.rollouts is not None:
             logs.update(self.rollouts.numbers())
         super().log(logs, start_time)
@@ -287,14 +317,15 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
     def own_state(self) -> dict[str, Any]:
         """What the next line of the log will average."""
-        return {"window": {name: sums.tolist() for name, sums in self._window_sums.items()}}
+        parts = {"window": self._window_sums, "largest": self._window_largest}
+        return {part: {name: value.tolist() for name, value in its.items()} for part, its in parts.items()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take back what `own_state` gave."""
-        device = self.args.device
-        self._window_sums = {
-            name: torch.tensor(sums, device=device) for name, sums in state["window"].items()
-        }
+        self._window_sums, self._window_largest = (
+            {name: torch.tensor(value, device=self.args.device) for name, value in state[part].items()}
+            for part in ("window", "largest")
+        )
 
     def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:
         """Add metrics to the sums and counts of the step."""
@@ -302,6 +333,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         metrics = by_label({"loss": output.losses.detach(), **output.metrics})
         self._metric_names = list(metrics)
         _add(self._step_sums, metrics | output.reference)
+        _keep_largest(self._step_largest, output.largest)
 
     def _end_step(self) -> None:
         """All gradients of an optimiser step are there: its metrics join those of the log window."""
@@ -309,9 +341,12 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self._step_numbers = dict(zip(self._step_sums, numbers, strict=True))
         self.latest = means(self._step_numbers)
         _add_sums(self._window_sums, {name: self._step_sums[name] for name in self._metric_names})
-        self._step_sums = {}
+        _keep_largest(self._window_largest, self._step_largest)
+        self._step_sums, self._step_largest = {}, {}
         self._step_inputs = []
         self.stage.end_step()
+        if self.rollouts is not None:
+            self.rollouts.end_update()
 
     def _sums_of_ranks(self, sums: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """(sum, count) by name, of all ranks."""
@@ -400,6 +435,12 @@ def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         name: torch.stack([vector.sum(), vector.new_tensor(len(vector))]) for name, vector in values.items()
     }
     _add_sums(sums, pairs)
+
+
+def _keep_largest(known: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Put the larger of two numbers of a name into `known`."""
+    for name, value in more.items():
+        known[name] = torch.maximum(known[name], value) if name in known else value
 
 
 def _add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -1,0 +1,61 @@
+"""What draws the responses of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefkit.config.schema import GenerationConfig
+from prefkit.model.rollout import Sampled, Stream, sample_responses
+from prefkit.train.policy import Policy
+
+
+class Engine(Protocol):
+    """Draws from the newest weights of the policy."""
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        numbers: Sequence[int],
+        num_responses: int,
+        generation: GenerationConfig,
+        stop_ids: Sequence[int],
+        stream: Stream,
+    ) -> list[Sampled]:
+        """Responses to each prompt, as `sample_responses`."""
+
+
+@dataclass(frozen=True)
+class PolicyEngine:
+    """The model that is trained draws by itself; `beat` is called for each token."""
+
+    policy: Policy
+    beat: Callable[[], None]
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        numbers: Sequence[int],
+        num_responses: int,
+        generation: GenerationConfig,
+        stop_ids: Sequence[int],
+        stream: Stream,
+    ) -> list[Sampled]:
+        """Responses to each prompt, as `sample_responses`."""
+        return sample_responses(
+            self.policy.model,
+            prompts,
+            numbers=numbers,
+            num_responses=num_responses,
+            generation=generation,
+            stop_ids=stop_ids,
+            stream=stream,
+            all_done=self._all_done,
+        )
+
+    def _all_done(self, here: bool) -> bool:
+        self.beat()
+        return here
