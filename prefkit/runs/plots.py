@@ -16,9 +16,12 @@ CURVES = {
     "training_reward.png": ("ppo/score", "mean score"),
     "training_eval_reward.png": ("eval_score", "held-out score of greedy answers"),
     "training_kl.png": ("ppo/kl", "KL to the reference"),
+    "training_response_length.png": ("ppo/response_length", "tokens of a response"),
     "training_rewards_margins.png": ("rewards/margins", "reward margin"),
 }
-OVERVIEW = ("training_curves.png", ("loss", "rewards/accuracies", "rewards/margins"))
+OVERVIEW = "training_curves.png"
+_OF_PAIRS = ("loss", "rewards/accuracies", "rewards/margins")
+_OF_ROLLOUTS = ("ppo/score", "ppo/kl", "ppo/response_length")
 
 
 def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -30,7 +33,9 @@ def plot_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> list[Pat
 
     matplotlib.use("Agg")
     titles = dict(CURVES.values())
-    files = {name: (key,) for name, (key, _) in CURVES.items()} | dict([OVERVIEW])
+    drawn_in_rollouts = any("ppo/score" in line for line in log_history)
+    overview = _OF_ROLLOUTS if drawn_in_rollouts else _OF_PAIRS
+    files = {name: (key,) for name, (key, _) in CURVES.items()} | {OVERVIEW: overview}
     for key in _losses_of_parts(log_history):
         files[f"training_{key}.png"] = (key,)
         titles[key] = f"held-out loss, {key.removeprefix('eval_').removesuffix('_loss')}"
@@ -62,7 +67,7 @@ def _draw(log_history: Sequence[dict[str, Any]], titles: dict[str, str], file: P
         if not key.startswith("eval_"):
             axes.plot(steps, values, color="#9bb8d3", linewidth=1, label="each log line")
             axes.plot(steps, smooth(values), color="#1f5a93", linewidth=2, label="smoothed")
-            held_out = _points(log_history, f"eval_{key}")
+            held_out = _points(log_history, f"eval_{key.removeprefix('ppo/')}")
         if held_out[0]:
             axes.plot(*held_out, "o-", color="#c8553d", linewidth=1.5, label="held out")
         axes.set(xlabel="step", title=title.capitalize())

@@ -134,7 +134,7 @@ class RolloutSource:
         seconds, self.seconds = self.seconds, {}
         names = window[0] if window else ()
         found = {f"ppo/{name}": sum(it[name] for it in window) / len(window) for name in names}
-        return found | {f"ppo/seconds_{phase}": round(spent, 3) for phase, spent in seconds.items()}
+        return found | {f"ppo/{phase}_seconds": round(spent, 3) for phase, spent in seconds.items()}
 
     @contextmanager
     def _phase(self, name: str, shown: str) -> Iterator[None]:

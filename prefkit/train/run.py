@@ -37,11 +37,12 @@ from prefkit.runs.calibration import (
     write_scored_pairs,
 )
 from prefkit.runs.identity import check_same_run, identify
-from prefkit.runs.plots import plot_curves
+from prefkit.runs.plots import OVERVIEW, plot_curves
 from prefkit.runs.record import write_data_report, write_model_card, write_record
 from prefkit.runs.report import make_tracker, print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
 from prefkit.train.answering import Answerer
+from prefkit.train.answers import SAMPLES_FILE, SAMPLES_PAGE
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.callbacks import (
     EarlyStopping,
@@ -303,7 +304,8 @@ class Run:
         if self.config.tuning.pissa_init:
             save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
         self._describe()
-        log = self.trainer.state.log_history
+        updates = updates_per_step(self.config)
+        log = [line | {"step": line["step"] // updates} for line in self.trainer.state.log_history]
         if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
             self.console.print("No curves: the log has fewer than two lines; set a smaller logging_steps.")
 
@@ -369,7 +371,7 @@ class Run:
                 self._write_scores(sources, measured)
                 return
             lines = (
-                json.dumps({"source": s, **row}) + "\n" for s, row in zip(sources, measured, strict=True)
+                json.dumps({"source": s, **row}, ensure_ascii=False) + "\n" for s, row in zip(sources, measured, strict=True)
             )
             replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
 
@@ -465,9 +467,13 @@ class Run:
 FILES = {
     "adapter_model.safetensors": "the adapter; `prefkit {verb}` and peft read this folder",
     "model.safetensors": "the model; `prefkit {verb}` and transformers read this folder",
-    "training_curves.png": "loss, reward accuracy and margin at a glance",
+    OVERVIEW: "the course of the training at a glance",
     "training_loss.png": "loss curve",
     "training_eval_loss.png": "held-out loss curve",
+    "training_reward.png": "curve of the mean score of drawn responses",
+    "training_kl.png": "curve of their KL to the reference",
+    "training_response_length.png": "curve of their length",
+    "training_eval_reward.png": "curve of the held-out score",
     "training_rewards_accuracies.png": "reward accuracy curve",
     "training_rewards_chosen.png": "curve of the reward of chosen responses",
     "training_rewards_margins.png": "reward margin curve",
@@ -476,6 +482,8 @@ FILES = {
     SCORES_FILE: "scores of each held-out pair",
     CALIBRATION_FILE.replace(".json", ".png"): "calibration at a glance",
     CALIBRATION_FILE: "held-out accuracy by margin and by length, expected calibration error",
+    SAMPLES_PAGE: "held-out prompts answered greedily, with their scores",
+    SAMPLES_FILE: "the same at each evaluation",
     "samples.md": "held-out prompts answered before and after",
     "trainer_log.jsonl": "a line for each log step",
     SPIKE_FILE: "steps whose loss stood out, with their rows",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -261,8 +261,13 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict_rows(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """Means over all examples, named `predict_...`, and the values of each example, in order."""
+    def predict_rows(self, examples: RowView) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Means over all examples, named `predict_...`, and the values of each example, in order; of a policy
+        that is trained by rollouts, of its answers."""
+        if self.rollouts is not None:
+            answers = answer_and_judge(self, self.rollouts.answerer, examples)
+            found = {f"predict_{name}": value for name, value in means_of(answers).items()}
+            return found, [asdict(answer) for answer in answers]
         output = self.predict(cast("Any", examples), metric_key_prefix="predict")
         assert not isinstance(output.predictions, tuple)
         rows = [dict(zip(self._columns, row, strict=True)) for row in output.predictions.tolist()]

@@ -57,6 +57,16 @@ STAGES: dict[str, dict[str, Any]] = {
         "save_steps": 4,
         "eval_steps": 4,
     },
+    "ppo": {
+        "stage": "ppo",
+        "reward_function": f"{Path(__file__).with_name('rewards.py')}:plain",
+        "ppo_epochs": 2,
+        "ppo_group_size": 2,
+        "ppo_score_norm": True,
+        "ppo_ptx": 0.1,
+        "ppo_ptx_dataset": "pairs",
+        "max_new_tokens": 8,
+    },
     "rm": {"stage": "rm", "rm_center_coefficient": 0.1, "do_predict": True},
 }
 MORE: dict[str, dict[str, Any]] = {
@@ -164,7 +174,7 @@ def rest_is_slow(first: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("stage", rest_is_slow(["dpo-sigmoid", "kto", "rm"], ["orpo", "simpo"]))
+@pytest.mark.parametrize("stage", rest_is_slow(["dpo-sigmoid", "kto", "rm", "ppo"], ["orpo", "simpo"]))
 def test_five_kills(stage: str, lab: Callable[[dict[str, Any]], Lab]) -> None:
     lab(STAGES[stage]).kill("killed", 5)
 
