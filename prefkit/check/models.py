@@ -22,6 +22,7 @@ from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
 from prefkit.model.tuning import prepare_for_training
+from prefkit.model.value import add_value_head
 from prefkit.train.policy import choose_policy_logps
 from prefkit.train.references import needs_reference, wants_cache
 
@@ -63,6 +64,8 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
         tuning = _tuning_of(config)
         fresh = replace(config.model, adapter_name_or_path=())
         policy = prepare_for_training(base, fresh, tuning, resized, mixed)
+        if config.method.stage == "ppo":
+            add_value_head(policy)
         if not args.do_train:
             policy.requires_grad_(False)
         layout = prepare_for_batches(base_of(policy), config.model, config.longest_row, lambda text: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,23 @@ from prefkit.objectives.logps import PairLogps
 from prefkit.objectives.pairwise import bco_loss, mix_bco
 from prefkit.train.dpo import DpoStage
 from prefkit.train.references import needs_reference
+from prefkit.train.rollout_count import count_in_updates, prompts_per_rollout, updates_per_step
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class RolloutsAhead:
+    """Of ppo: how many rollouts, how many prompts and responses each has, how many in a pass over all
+    prompts, and what they take: `updates` and `most_tokens` to draw in each."""
+
+    number: int
+    prompts: int
+    responses: int
+    per_pass: int
+    updates: int
+    most_tokens: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Outlook:
     reference_passes: int
     reference_from_cache: bool
     is_stream: bool = False
+    rollouts: RolloutsAhead | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON."""
@@ -87,6 +102,36 @@ def look_ahead(
         reference_passes=(min(rows, passes) if cached else passes) if reads_reference else 0,
         reference_from_cache=cached and reads_reference,
         is_stream=is_stream,
+    )
+
+
+def look_ahead_in_rollouts(
+    config: RunConfig, args: TrainingArguments, train: Sequence[TokenizedExample], layout: Layout
+) -> Outlook:
+    """The numbers of a training by rollouts; a prompt with its responses is an example."""
+    count_in_updates(config, args, len(train))
+    updates = updates_per_step(config)
+    prompts, group = prompts_per_rollout(config, args), config.ppo.ppo_group_size
+    number = args.max_steps // updates if len(train) and args.do_train else 0
+    return Outlook(
+        rows=len(train),
+        batch=prompts // config.ppo.ppo_buffer_size,
+        micro_batches_per_epoch=0,
+        updates_per_epoch=0,
+        updates=number * updates,
+        epochs=round(number * prompts / max(len(train), 1), 3),
+        tokens_per_epoch=sum(batch_tokens([example], layout) for example in train),
+        policy_passes=number * prompts * config.ppo.ppo_epochs,
+        reference_passes=number * prompts,
+        reference_from_cache=False,
+        rollouts=RolloutsAhead(
+            number,
+            prompts,
+            prompts * group,
+            math.ceil(len(train) / prompts),
+            updates,
+            prompts * group * config.generation.max_new_tokens,
+        ),
     )
 
 

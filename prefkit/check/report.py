@@ -15,7 +15,7 @@ from prefkit.check.outlook import Outlook
 from prefkit.check.run import Memory, Report
 from prefkit.check.settings import show_value
 from prefkit.check.tokens import Part
-from prefkit.runs.report import print_ledger
+from prefkit.runs.report import count_of, print_ledger
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _COLOURS = {
@@ -219,6 +219,13 @@ def _print_outlook(console: Console, report: Report) -> None:
 def _rows_to_come(ahead: Outlook) -> list[str]:
     if ahead.is_stream:
         return [f"a stream without end, {ahead.batch:,} rows to an update: {ahead.updates:,} updates in all"]
+    if (one := ahead.rollouts) is not None:
+        return [
+            f"{ahead.rows:,} prompts, {one.prompts:,} to a rollout: {one.per_pass:,} rollouts an epoch",
+            f"{one.number:,} rollouts in all (a step each), {ahead.epochs:g} epochs",
+            f"in each, {one.responses:,} responses are drawn, {one.most_tokens:,} tokens at most, and learnt "
+            f"from in {count_of(one.updates, 'update')}",
+        ]
     return [
         f"{ahead.rows:,} rows, {ahead.batch:,} to an update: {ahead.updates_per_epoch:,} updates an epoch",
         f"{ahead.updates:,} updates in all, {ahead.epochs:g} epochs",

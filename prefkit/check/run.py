@@ -11,7 +11,7 @@ from prefkit.check.advice import Advice, find_advice
 from prefkit.check.data import DataSummary, Duplicates, Summary, as_dict, find_duplicates
 from prefkit.check.memory import Estimate, batch_tokens, estimate_memory, largest_batch
 from prefkit.check.models import Models, build_models
-from prefkit.check.outlook import FirstLoss, Outlook, expect_first_loss, look_ahead
+from prefkit.check.outlook import FirstLoss, Outlook, expect_first_loss, look_ahead, look_ahead_in_rollouts
 from prefkit.check.settings import Setting, read_settings, show_value
 from prefkit.check.tokens import Part, render
 from prefkit.config.load import LoadedConfig
@@ -33,7 +33,7 @@ _SHOWN_EXAMPLES = 2
 _MOST_STREAMED = 1000  # rows of a stream that are looked at
 # What a training of a stage holds besides the step that is rehearsed.
 _LEFT_OUT = {
-    "ppo": "the rollouts, and the reward and value models; a response is taken to have max_new_tokens",
+    "ppo": "what the drawing keeps, and a reward model; a response is taken to have max_new_tokens",
 }
 
 
@@ -130,22 +130,34 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
         settings=read_settings(config),
         warnings=loaded.warnings,
         ledgers=ledgers,
-        summaries=_by_data_set(ledgers, chain(train, data.held_out), config.data.cutoff_len),
+        summaries=_by_data_set(ledgers, chain(train, data.held_out, data.answers), config.data.cutoff_len),
         duplicates=find_duplicates(train, data.held_out),
         held_out=len(data.held_out),
         examples=[(row.source, render(row, tokenizer)) for row in islice(rows, _SHOWN_EXAMPLES)],
         layout=models.layout,
         num_weights=models.num_weights,
-        outlook=look_ahead(
-            args,
-            train,
-            models.layout,
-            reads_reference=models.needs_reference,
-            cached=not is_stream and wants_cache(config, args, models.config, len(train)),
-            is_stream=is_stream,
-        ),
+        outlook=_look_ahead(config, args, train, models, is_stream),
         first_loss=expect_first_loss(config),
         memory=_estimate(config, args, models, len(tokenizer), rows, budget, say),
+    )
+
+
+def _look_ahead(
+    config: RunConfig,
+    args: TrainingArguments,
+    train: Sequence[TokenizedExample],
+    models: Models,
+    is_stream: bool,
+) -> Outlook:
+    if config.method.stage == "ppo":
+        return look_ahead_in_rollouts(config, args, train, models.layout)
+    return look_ahead(
+        args,
+        train,
+        models.layout,
+        reads_reference=models.needs_reference,
+        cached=not is_stream and wants_cache(config, args, models.config, len(train)),
+        is_stream=is_stream,
     )
 
 
@@ -208,7 +220,8 @@ def _with_responses(rows: Sequence[TokenizedExample], config: RunConfig) -> Sequ
     if config.method.stage != "ppo":
         return rows
     longest = max(rows, key=lambda row: len(row.prompt_ids))
-    return [replace(longest, response_ids=[[0] * config.generation.max_new_tokens])] * len(rows)
+    responses = [[0] * config.generation.max_new_tokens] * config.ppo.ppo_group_size
+    return [replace(longest, response_ids=responses)] * len(rows)
 
 
 def describe_change(config: RunConfig, changed: RunConfig) -> str:

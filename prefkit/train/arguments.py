@@ -59,6 +59,14 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
     given.setdefault("log_level", "error")
     given.setdefault("log_level_replica", "error")
     given.setdefault("ddp_find_unused_parameters", False)
+    if config.method.stage == "ppo":
+        given.setdefault("logging_steps", 1)  # a rollout takes long
+        if (
+            config.training.get("load_best_model_at_end")
+            or config.method.early_stopping_steps
+            or (config.training.get("save_strategy") == "best")
+        ):
+            given.setdefault("metric_for_best_model", "score")
     if config.data.streaming:
         # Each process reads the stream for itself: our batches cannot be cut and sent around.
         given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}

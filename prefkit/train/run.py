@@ -371,7 +371,8 @@ class Run:
                 self._write_scores(sources, measured)
                 return
             lines = (
-                json.dumps({"source": s, **row}, ensure_ascii=False) + "\n" for s, row in zip(sources, measured, strict=True)
+                json.dumps({"source": s, **row}, ensure_ascii=False) + "\n"
+                for s, row in zip(sources, measured, strict=True)
             )
             replace_text(self.folder.path / "predictions.jsonl", "".join(lines))
 

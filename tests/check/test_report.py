@@ -150,7 +150,10 @@ def test_ppo_is_checked_too(write_config: Write, bare_model: Path, dataset_dir: 
     keys = {"dataset": register(dataset_dir, "prompts", PPO), "model_name_or_path": str(bare_model)}
     report = report_of(write_config(stage="ppo", reward_model="rm", max_new_tokens=50, **keys))
     assert report.memory.batch_tokens > 2 * 50, "a response of the length that generation gives it"
-    assert "Not in it: the rollouts" in printed(report)
+    text = " ".join(printed(report).split())
+    assert "Not in it: what the drawing keeps, and a reward model" in text
+    assert "2 rollouts in all (a step each)" in text and "learnt from in 4 updates" in text
+    assert report.outlook.updates == 8
 
 
 def test_a_stream_is_looked_at(write_config: Write, bare_model: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from prefkit.config import ConfigError, load_config
 from prefkit.data.readers import DataError
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
+from tests.train.runs import read
 
 SPEC = Path(__file__).parent
 ROOT = SPEC.parent.parent
@@ -36,6 +38,7 @@ BLOCKS = {
     "deepspeed.yaml": "686bd9f282de1da6",
 }
 RUN = ("dpo.yaml", "orpo.yaml", "simpo.yaml", "kto.yaml", "reward.yaml")
+PPO = "ppo.yaml"
 REFUSED = {
     "deepspeed.yaml": "deepspeed: not in this version",
 }
@@ -48,7 +51,7 @@ def test_every_block_is_here_word_for_word() -> None:
         for name in (path.name for path in SPEC.iterdir() if path.suffix in (".yaml", ".json"))
     }
     assert found == BLOCKS
-    assert {*RUN, *REFUSED, *OTHER} == BLOCKS.keys()
+    assert {*RUN, PPO, *REFUSED, *OTHER} == BLOCKS.keys()
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +84,8 @@ def run(config: Path, model: Path, *overrides: str) -> tuple[Path, str]:
 def test_training_blocks_run(name: str, tmp_path: Path, tiny_model: Path) -> None:
     output, printed = run(write(name, tmp_path), tiny_model)
     assert (output / "adapter_model.safetensors").is_file()
-    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 2
-    record = json.loads((output / "prefkit.json").read_text())
+    assert read(output / "trainer_state.json")["global_step"] == 2
+    record = read(output / "prefkit.json")
     assert record["template"] == "qwen3_nothink"
     losses = {"dpo.yaml": "sigmoid", "reward.yaml": "bradley-terry"}
     assert record["loss"] == losses.get(name, name.removesuffix(".yaml"))
@@ -136,6 +139,24 @@ def test_blocks_of_later_stages_and_their_data_are_checked(
     ((_, parts),) = report.examples
     assert [part.kind for part in parts] == kinds
     assert report.ledgers[0].is_balanced and report.ledgers[0].trained == 1
+
+
+def test_the_ppo_block_runs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the reward model that the block of `rm` leaves, two rollouts; its tracker has the numbers of both."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    rater, _ = run(write("reward.yaml", tmp_path), tiny_model)
+    rater = rater.rename(tmp_path / "rater")
+    tracker = [] if find_spec("wandb") else ["report_to=none"]
+    output, printed = run(
+        write(PPO, tmp_path), tiny_model, f"reward_model={rater}", "max_new_tokens=8", "bf16=false", *tracker
+    )
+    assert read(output / "trainer_state.json")["global_step"] == 2 * 4
+    assert "an adapter upon the policy's weights" in printed and "160 rows to train on" in printed
+    lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    assert [line["current_steps"] for line in lines] == [1, 2]
+    assert all({"loss", "reward"} <= line.keys() for line in lines)
+    assert bool(tracker) or list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize("name", REFUSED)
