@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo demo-ppo test test-slow lint clean
 
 setup: .venv/ready
 
@@ -19,6 +19,16 @@ $(MODEL): | .venv/ready
 demo: setup $(MODEL)
 	$(BIN)/prefkit train examples/demo_dpo.yaml
 	$(BIN)/python tools/demo_report.py saves/demo_dpo
+
+# A reward model, ppo by it, the policy merged, and three questions to the merged model.
+demo-ppo: setup $(MODEL)
+	rm -rf saves/demo_ppo_merged
+	$(BIN)/prefkit train examples/reward.yaml output_dir=saves/demo_reward overwrite_output_dir=true
+	$(BIN)/prefkit train examples/ppo.yaml reward_model=saves/demo_reward output_dir=saves/demo_ppo overwrite_output_dir=true
+	$(BIN)/prefkit export saves/demo_ppo export_dir=saves/demo_ppo_merged
+	printf '%s\n/reset\n' 'What is a bridge for?' 'Can a fish breathe air?' 'Describe a rainbow.' \
+		| $(BIN)/prefkit chat saves/demo_ppo_merged temperature=0 max_new_tokens=100
+	$(BIN)/python tools/demo_report.py saves/demo_ppo
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,13 +1,15 @@
-"""Make the demo sets of pairs and of judged responses from the hand-written data/source/*.tsv.
+"""Make the demo sets of pairs, judged responses and instructions from the hand-written data/source/*.tsv.
 
-Each line of a source is a question and the short answer to prefer. The rejected answer is the base
+Each line of a source of pairs is a question and the short answer to prefer. The rejected answer is the base
 model's own, sampled and cut after a whole sentence. A question whose answer has no fit cut of 35..60
 words is sampled again; after the last try, 25..70 words will do.
 
 The judged sets take one answer of each pair: the chosen one of a random half, the rejected one of the others.
+The instructions are as their sources have them: instruction, input, output.
 
     python tools/make_demo_data.py --model models/smollm2-135m-instruct
-    python tools/make_demo_data.py --judged     # only the judged sets, from the pairs that are there
+    python tools/make_demo_data.py --judged         # only the judged sets, from the pairs that are there
+    python tools/make_demo_data.py --instructions   # only the instructions
 """
 
 import argparse
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("dpo_en_demo", "dpo_en_demo_heldout")
 JUDGED = {"dpo_en_demo": "kto_en_demo", "dpo_en_demo_heldout": "kto_en_demo_heldout"}
+INSTRUCTIONS = ("alpaca_en_demo", "alpaca_en_demo_heldout")
 
 # A stop after a single character belongs to a list number or an abbreviation.
 SENTENCE_END = re.compile(r"(?<!\b\w)[.!?][\"')*]*(?=\s|$)")
@@ -103,6 +106,11 @@ def judge(pairs: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     ]
 
 
+def read_source(name: str) -> list[list[str]]:
+    lines = (DATA / "source" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines]
+
+
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     (DATA / f"{name}.json").write_text(text, encoding="utf-8")
@@ -111,6 +119,12 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
 def write_judged(seed: int) -> None:
     for pairs, judged in JUDGED.items():
         write(judged, judge(json.loads((DATA / f"{pairs}.json").read_text(encoding="utf-8")), seed))
+
+
+def write_instructions() -> None:
+    columns = ("instruction", "input", "output")
+    for name in INSTRUCTIONS:
+        write(name, [dict(zip(columns, row, strict=True)) for row in read_source(name)])
 
 
 def main() -> None:
@@ -122,16 +136,16 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=38)
     parser.add_argument("--judged", action="store_true")
+    parser.add_argument("--instructions", action="store_true")
     args = parser.parse_args()
     if args.judged:
         write_judged(args.seed)
+    if args.instructions:
+        write_instructions()
+    if args.judged or args.instructions:
         return
 
-    sources = {}
-    for name in SETS:
-        lines = (DATA / "source" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
-        sources[name] = [line.split("\t") for line in lines]
-
+    sources = {name: read_source(name) for name in SETS}
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     questions = [question for rows in sources.values() for question, _ in rows]
@@ -150,6 +164,7 @@ def main() -> None:
         ]
         write(name, pairs)
     write_judged(args.seed)
+    write_instructions()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo preference set: many kinds of question, and held-out ones unlike any of them.
+"""The demo sets: many kinds of question, and held-out ones unlike any of them.
 
 A model trained on few sentence frames learns the frames. So no frame may take over the training
 set, and no held-out question may have the frame of a training question.
@@ -14,6 +14,7 @@ import pytest
 DATA = Path(__file__).parents[2] / "data"
 SETS = ("dpo_en_demo", "dpo_en_demo_heldout")
 JUDGED = dict(zip(SETS, ("kto_en_demo", "kto_en_demo_heldout"), strict=True))
+INSTRUCTIONS = ("alpaca_en_demo", "alpaca_en_demo_heldout")
 LARGEST_FRAME = 10
 
 FUNCTION_WORDS = """
@@ -64,20 +65,22 @@ def test_the_sets_are_large_enough():
 
 
 def test_every_question_is_asked_once():
-    asked = [question.casefold() for name in SETS for question in questions(name)]
+    asked = [question.casefold() for name in SETS + INSTRUCTIONS for question in questions(name)]
     assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize("key", [0, 1], ids=["opening", "skeleton"])
-def test_no_frame_takes_over_the_training_set(key):
-    counts = Counter(frame(question)[key] for question in questions(SETS[0]))
+@pytest.mark.parametrize("training", [SETS[0], INSTRUCTIONS[0]])
+def test_no_frame_takes_over_the_training_set(key, training):
+    counts = Counter(frame(question)[key] for question in questions(training))
     assert [common for common in counts.most_common() if common[1] > LARGEST_FRAME] == []
 
 
 @pytest.mark.parametrize("key", [0, 1], ids=["opening", "skeleton"])
-def test_no_heldout_question_has_a_training_frame(key):
-    trained = {frame(question)[key] for question in questions(SETS[0])}
-    assert [question for question in questions(SETS[1]) if frame(question)[key] in trained] == []
+@pytest.mark.parametrize(("training", "heldout"), [SETS, INSTRUCTIONS])
+def test_no_heldout_question_has_a_training_frame(key, training, heldout):
+    trained = {frame(question)[key] for question in questions(training)}
+    assert [question for question in questions(heldout) if frame(question)[key] in trained] == []
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -110,3 +113,19 @@ def test_judged_rows_are_one_answer_of_each_pair_and_half_are_desirable(name):
         question, answer = (turn["content"] for turn in row["messages"])
         assert question == pair["conversations"][0]["value"]
         assert answer == pair["chosen" if row["label"] else "rejected"]["value"]
+
+
+@pytest.mark.parametrize(("name", "number"), [("alpaca_en_demo", 160), ("alpaca_en_demo_heldout", 40)])
+def test_instructions_are_those_of_the_source_and_a_third_has_an_input(name, number):
+    rows = pairs(name)
+    assert [tuple(row.values()) for row in rows] == source(name) and len(rows) == number
+    assert all(list(row) == ["instruction", "input", "output"] for row in rows)
+    assert 0.3 <= sum(bool(row["input"]) for row in rows) / number <= 0.4
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_the_output_is_one_or_two_plain_sentences(name):
+    for _, _, output in source(name):
+        assert output[-1] in ".!?", output
+        assert 1 <= len(re.findall(r"[.!?](?=\s|$)", output)) <= 2, output
+        assert len(output.split()) <= 25, output
