@@ -89,8 +89,8 @@ class VllmEngine:
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         if longest > self._max_length:
             raise UserError(
-                f"rollout_engine: vllm has room for {self._max_length} tokens, and a prompt may have {longest} "
-                "with its response: write a larger cutoff_len"
+                f"rollout_engine: vllm has room for {self._max_length} tokens, and a prompt with its "
+                f"response may have {longest}: write a larger cutoff_len"
             )
         requests, parameters = [], []
         for prompt, number, limit in zip(prompts, numbers, limits, strict=True):
@@ -261,7 +261,7 @@ def _lora_options(policy: Policy) -> dict[str, Any]:
     rank = max([lora.r, *(lora.rank_pattern or {}).values()])
     if unknown:
         raise UserError(
-            f"rollout_engine: vllm takes plain LoRA alone, not an adapter with {', '.join(unknown)}: {_INSTEAD}"
+            f"rollout_engine: vllm takes plain LoRA alone, and this has {', '.join(unknown)}: {_INSTEAD}"
         )
     if rank > _RANKS[-1]:
         raise UserError(
