@@ -85,7 +85,7 @@ def sample_responses(
     that are not finite.
     """
     base = base_of(model)
-    limits = _find_limits(base, prompts, generation.max_new_tokens)
+    limits = find_limits(base, prompts, generation.max_new_tokens)
     draws = _Draws(prompts, numbers, num_responses, generation, stop_ids, stream, limits, base.device)
     obstacle = find_expansion_obstacle(base, max(map(len, prompts)) + generation.max_new_tokens)
     run = _decode if obstacle is None else _generate
@@ -124,8 +124,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.train(training)
 
 
-def _find_limits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """The most tokens of a response to each prompt."""
+def find_limits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
+    """The most tokens of a response to each prompt: `most`, or as many as the model has positions for.
+
+    Raises `ModelError` for a prompt that leaves none.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return [most] * len(prompts)
