@@ -34,7 +34,9 @@ MODEL, PROMPTS = "models/smollm2-135m-instruct", 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompts", type=Path, help="JSON list of rows with an `instruction`")
     parser.add_argument("--finetuning", default="lora", choices=("lora", "full", "freeze"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -112,7 +114,11 @@ def _compare(
     for num_responses in (1, 4):
         for name, run in (("vllm", lambda n: draw(n)), ("own", lambda n: _own(policy, config, prompts, n))):
             speeds = [_speed(run, num_responses) for _ in range(3)]
-            print(f"{len(prompts)} x {num_responses}, {name}: " + ", ".join(f"{it:.0f}" for it in speeds) + " tokens/s")
+            print(
+                f"{len(prompts)} x {num_responses}, {name}: "
+                + ", ".join(f"{it:.0f}" for it in speeds)
+                + " tokens/s"
+            )
 
 
 def _greedy(draw: Callable[..., list[Sampled]]) -> list[list[int]]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefkit.config.schema import GenerationConfig
+from prefkit.config.schema import GenerationConfig, RunConfig
 from prefkit.model.rollout import Sampled, Stream, sample_responses
-from prefkit.train.policy import Policy
+from prefkit.train.policy import Policy, Say
 
 
 class Engine(Protocol):
@@ -59,3 +59,12 @@ class PolicyEngine:
     def _all_done(self, here: bool) -> bool:
         self.beat()
         return here
+
+
+def build_engine(config: RunConfig, policy: Policy, beat: Callable[[], None], say: Say) -> Engine:
+    """The engine that `rollout_engine` names. Raises `UserError` where it cannot be had."""
+    if config.ppo.rollout_engine == "transformers":
+        return PolicyEngine(policy, beat)
+    from prefkit.train.vllm_engine import open_vllm_engine
+
+    return open_vllm_engine(config, policy, say)

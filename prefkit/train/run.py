@@ -53,7 +53,7 @@ from prefkit.train.callbacks import (
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
 from prefkit.train.dpo import DpoStage
-from prefkit.train.engine import PolicyEngine
+from prefkit.train.engine import build_engine
 from prefkit.train.judges import build_judge, fingerprint_judges
 from prefkit.train.kto import KtoStage
 from prefkit.train.lock import FolderLock
@@ -200,7 +200,7 @@ def _build_trainer(
         assert reference is not None and not isinstance(data.train, StreamedRows)
         judge = build_judge(config, policy.model, template, console.print)
         console.print(f"Judge: {judge.name}.")
-        engine = PolicyEngine(policy, watchdog.beat)
+        engine = build_engine(config, policy, watchdog.beat, console.print)
         answerer = Answerer(policy, reference, judge, engine, template, config.generation)
         rollouts = RolloutSource(config, args, answerer, stage, data.train, data.answers)
         rollouts.show = bar.show

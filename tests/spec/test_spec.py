@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -142,21 +141,20 @@ def test_blocks_of_later_stages_and_their_data_are_checked(
 
 
 def test_the_ppo_block_runs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the reward model that the block of `rm` leaves, two rollouts; its tracker has the numbers of both."""
+    """Two rollouts, scored by the model that the block of `rm` leaves; the tracker has the numbers of both."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     rater, _ = run(write("reward.yaml", tmp_path), tiny_model)
     rater = rater.rename(tmp_path / "rater")
-    tracker = [] if find_spec("wandb") else ["report_to=none"]
     output, printed = run(
-        write(PPO, tmp_path), tiny_model, f"reward_model={rater}", "max_new_tokens=8", "bf16=false", *tracker
+        write(PPO, tmp_path), tiny_model, f"reward_model={rater}", "max_new_tokens=8", "bf16=false"
     )
     assert read(output / "trainer_state.json")["global_step"] == 2 * 4
     assert "an adapter upon the policy's weights" in printed and "160 rows to train on" in printed
     lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["current_steps"] for line in lines] == [1, 2]
     assert all({"loss", "reward"} <= line.keys() for line in lines)
-    assert bool(tracker) or list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize("name", REFUSED)
