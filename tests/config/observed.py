@@ -10,9 +10,6 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_allowed_to_check": "ppo_buffer_size ppo_epochs ppo_group_size "
-        "ppo_score_norm ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda "
-        "ppo_clip ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset rollout_engine",
         "test_error": "label_smoothing_factor neftune_noise_alpha deepspeed fsdp",
     },
     "tests/config/test_secrets.py": {
@@ -112,6 +109,12 @@ _TESTS: dict[str, dict[str, str]] = {
     },
     "tests/train/test_reward.py": {
         "test_margins_and_rm_center_coefficient_change_the_loss": "rm_center_coefficient",
+    },
+    "tests/train/test_ppo.py": {
+        "test_each_key_changes_what_is_learnt": "ppo_buffer_size ppo_epochs ppo_group_size ppo_score_norm "
+        "ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda ppo_clip "
+        "ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset",
+        "test_rollout_engine_is_what_draws": "rollout_engine",
     },
     "tests/train/test_reward_server.py": {
         "test_the_timeout_and_the_number_of_tries_are_those_of_the_keys": "reward_timeout reward_retries",

@@ -141,7 +141,7 @@ def test_blocks_of_later_stages_and_their_data_are_checked(
 
 
 def test_the_ppo_block_runs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rollouts, scored by the model that the block of `rm` leaves; the tracker has the numbers of both."""
+    """Two rollouts, scored by the model that the block of `rm` leaves; the tracker has their numbers."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     rater, _ = run(write("reward.yaml", tmp_path), tiny_model)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from prefkit.config.errors import UserError
 from prefkit.model.reward import VALUE_HEAD
+from prefkit.model.rollout import Sampled
+from prefkit.train import vllm_engine
 from prefkit.train.answered import JudgeFailed
 from prefkit.train.answering import Answerer, Measured
 from prefkit.train.ppo import RatioError
@@ -111,46 +113,47 @@ def test_a_run_learns_its_reward(write: Write, tmp_path: Path) -> None:
     assert {line["reward"] for line in log_of(tmp_path / "out")} == {1.0}
 
 
-CHANGES = {
-    "ppo_epochs": {"ppo_epochs": 3},
-    "ppo_buffer_size": {"ppo_buffer_size": 2},
-    "ppo_group_size": {"ppo_group_size": 2},
-    "ppo_score_norm": {"ppo_score_norm": True},
-    "ppo_init_kl": {"ppo_init_kl": 0.5},
-    "ppo_target": {"ppo_target": 0.01, "ppo_kl_horizon": 10.0},
-    "ppo_kl_horizon": {"ppo_kl_horizon": 20.0},
-    "ppo_whiten_rewards": {"ppo_whiten_rewards": True},
-    "ppo_gamma": {"ppo_gamma": 0.5},
-    "ppo_lambda": {"ppo_lambda": 0.5},
-    "ppo_clip": {"ppo_clip": 0.01},
-    "ppo_value_clip": {"ppo_value_clip": 0.01},
-    "ppo_value_coefficient": {"ppo_value_coefficient": 1.0},
-    "ppo_ptx, ppo_ptx_dataset": {"ppo_ptx": 0.5, "ppo_ptx_dataset": "pairs"},
-    "temperature": {"temperature": 0.5},
-    "top_k": {"top_k": 3},
-    "top_p": {"top_p": 0.5},
-    "do_sample": {"do_sample": False},
-    "max_new_tokens": {"max_new_tokens": 4},
-    "repetition_penalty": {"repetition_penalty": 2.0},
-    "disable_shuffling": {"disable_shuffling": True},
-    "seed": {"seed": 1},
-}
-
-
 @pytest.fixture(scope="session")
 def plain() -> dict[str, dict[str, torch.Tensor]]:
     """The weights of the run that others are compared with."""
     return {}
 
 
-@pytest.mark.parametrize("keys", CHANGES)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ppo_epochs": 3},
+        {"ppo_buffer_size": 2},
+        {"ppo_group_size": 2},
+        {"ppo_score_norm": True},
+        {"ppo_init_kl": 0.5},
+        {"ppo_target": 0.01, "ppo_kl_horizon": 10.0},
+        {"ppo_kl_horizon": 20.0},
+        {"ppo_whiten_rewards": True},
+        {"ppo_gamma": 0.5},
+        {"ppo_lambda": 0.5},
+        {"ppo_clip": 0.01},
+        {"ppo_value_clip": 0.01},
+        {"ppo_value_coefficient": 1.0},
+        {"ppo_ptx": 0.5, "ppo_ptx_dataset": "pairs"},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"do_sample": False},
+        {"max_new_tokens": 4},
+        {"repetition_penalty": 2.0},
+        {"disable_shuffling": True},
+        {"seed": 1},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
 def test_each_key_changes_what_is_learnt(
-    keys: str, write: Write, tmp_path: Path, plain: dict[str, dict[str, torch.Tensor]]
+    keys: dict[str, Any], write: Write, tmp_path: Path, plain: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     if not plain:
         run(write(output_dir=str(tmp_path / "plain"), max_steps=3))
         plain["weights"] = weights(tmp_path / "plain")
-    run(write(**CHANGES[keys], max_steps=3))
+    run(write(**keys, max_steps=3))
     found = weights(tmp_path / "out")
     assert any(not torch.equal(found[name], value) for name, value in plain["weights"].items())
 
@@ -254,6 +257,23 @@ def test_more_prompts_than_there_are(write: Write, tmp_path: Path) -> None:
     """A rollout of 16 prompts from a set of 12 takes some twice."""
     run(write(ppo_buffer_size=4))
     assert len(history(tmp_path / "out")) == 2
+
+
+def test_rollout_engine_is_what_draws(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `vllm` the engine of that name, told what it has to draw by."""
+    asked: list[dict[str, Any]] = []
+
+    class Fives:
+        def draw(self, prompts: Any, *, num_responses: int, **keys: Any) -> list[Sampled]:
+            asked.append(keys)
+            return [Sampled([[5, 5]] * num_responses, [False] * num_responses) for _ in prompts]
+
+    monkeypatch.setattr(vllm_engine, "open_vllm_engine", lambda config, policy, say: Fives())
+    run(write(rollout_engine="vllm"))
+    assert {line["ppo/response_length"] for line in history(tmp_path / "out")} == {2}
+    first, second = asked[:2]
+    assert first["numbers"] == [0, 1, 2, 3] and first["generation"].max_new_tokens == 8
+    assert (first["stream"].rollout, second["stream"].rollout) == (0, 1)
 
 
 # The ratio, the value head
