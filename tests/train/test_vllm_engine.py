@@ -140,7 +140,9 @@ class LLM:
         assert self.is_awake and not use_tqdm and len(prompts) == len(sampling_params)
         assert [lora_request.lora_int_id if lora_request else None] == (list(self.llm_engine.loras) or [None])
         self.events.append("generate")
-        return [self._answer(it["prompt_token_ids"], by) for it, by in zip(prompts, sampling_params, strict=True)]
+        return [
+            self._answer(it["prompt_token_ids"], by) for it, by in zip(prompts, sampling_params, strict=True)
+        ]
 
     def _answer(self, prompt: list[int], by: SamplingParams) -> Any:
         assert by.seed is not None and by.max_tokens is not None
@@ -264,7 +266,9 @@ def test_a_seed_follows_from_seed_rollout_prompt_and_response_alone(tmp_path: Pa
     engine, _ = open_engine(tmp_path)
     whole = draw(engine, [[5, 6], [7, 8, 9]], numbers=[4, 7])
     assert draw(engine, [[7, 8, 9]], numbers=[7]) == whole[1:]
-    other = [request_seed(Stream(*stream), n, r) for *stream, n, r in ((1, 2, 3, 4), (2, 1, 3, 4), (1, 2, 4, 3))]
+    other = [
+        request_seed(Stream(*stream), n, r) for *stream, n, r in ((1, 2, 3, 4), (2, 1, 3, 4), (1, 2, 4, 3))
+    ]
     assert len(set(other)) == 3
     assert all(0 <= seed < 2**63 for seed in other)
 
@@ -355,7 +359,9 @@ def test_each_draw_has_the_newest_weights(tmp_path: Path) -> None:
     assert llm.events == ["reload", "reset", "generate"] * 2
 
 
-def test_states_of_older_weights_that_stay_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_older_weights_that_stay_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, llm = open_engine(tmp_path, make_policy(), finetuning_type="full")
     monkeypatch.setattr(llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(RuntimeError, match="older weights"):
