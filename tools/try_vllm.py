@@ -1,6 +1,6 @@
 """Try `rollout_engine: vllm` against our own drawing, on the demo model and 16 prompts.
 
-Compares greedy tokens with `generate` of transformers, before and after the trained weights are changed, looks
+Compares greedy tokens with `generate`, before and after the trained weights are changed, looks
 whether the same seed gives the same samples, and times both engines. Run it from the repository, in an
 environment with vllm (docs/architecture.md, Rollouts):
 
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -112,6 +113,7 @@ def _compare(
     print(f"sampled in another rollout alike: {_agree(_rows(sampled), _rows(draw(4, seed=1)))}")
     print(f"ended: {sum(sum(it.ended) for it in sampled)} of {4 * len(prompts)}")
     for num_responses in (1, 4):
+<<<<<<< HEAD
         for name, run in (("vllm", lambda n: draw(n)), ("own", lambda n: _own(policy, config, prompts, n))):
             speeds = [_speed(run, num_responses) for _ in range(3)]
             print(
@@ -119,6 +121,11 @@ def _compare(
                 + ", ".join(f"{it:.0f}" for it in speeds)
                 + " tokens/s"
             )
+=======
+        for name, run in (("vllm", draw), ("own", partial(_own, policy, config, prompts, stops))):
+            speeds = [f"{_speed(run, num_responses):.0f}" for _ in range(3)]
+            print(f"{len(prompts)} x {num_responses}, {name}: {', '.join(speeds)} tokens/s")
+>>>>>>> ppo-vllm
 
 
 def _greedy(draw: Callable[..., list[Sampled]]) -> list[list[int]]:
@@ -139,17 +146,16 @@ def _agree(rows: list[list[int]], others: list[list[int]]) -> str:
 
 
 def _generated(policy: Policy, prompts: list[list[int]], tokens: int, stops: list[int]) -> list[list[int]]:
-    """What `generate` gives for each prompt alone."""
+    """What `generate` gives, up to the first of the tokens `stops`."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model: Any = policy.model.eval()
     keys = {"max_new_tokens": tokens, "eos_token_id": stops, "pad_token_id": 0, **GREEDY}
-    model: Any = policy.model
-    model.eval()
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.no_grad(), plain_attention(policy.base):
-            row = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **keys)
-        found.append(row[0, len(prompt) :].tolist())
-    return found
+    with torch.no_grad(), plain_attention(policy.base):
+        rows = model.generate(input_ids=ids, attention_mask=mask, **keys)[:, longest:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), tokens) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def _change(policy: Policy) -> None:
@@ -161,14 +167,16 @@ def _change(policy: Policy) -> None:
             weights.data += scale * torch.randn_like(weights)
 
 
-def _own(policy: Policy, config: RunConfig, prompts: list[list[int]], num_responses: int) -> list[Sampled]:
+def _own(
+    policy: Policy, config: RunConfig, prompts: list[list[int]], stops: list[int], num_responses: int
+) -> list[Sampled]:
     return sample_responses(
         policy.model,
         prompts,
         numbers=range(len(prompts)),
         num_responses=num_responses,
         generation=config.generation,
-        stop_ids=[],
+        stop_ids=stops,
         stream=Stream(42, 0),
     )
 

@@ -138,7 +138,8 @@ def open_vllm_engine(config: RunConfig, policy: Policy, say: Say) -> VllmEngine:
         if missing.name != "vllm":
             raise UserError(f"rollout_engine: vllm cannot be imported: {missing}; {_INSTEAD}") from missing
         raise UserError(
-            f"rollout_engine: vllm is not installed: pip install 'prefkit[vllm]', or {_INSTEAD}"
+            "rollout_engine: vllm is not installed: pip install vllm, then pip install 'transformers>=5.23', "
+            f"which it may have replaced by an older one; or {_INSTEAD}"
         ) from missing
     lora_options = _lora_options(policy)
     try:

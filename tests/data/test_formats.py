@@ -390,3 +390,26 @@ def test_what_is_malformed_in_other_formats(row: dict, layout: RowFormat, use: U
 def test_what_is_degenerate_in_other_formats(row: dict, layout: RowFormat, reason: str) -> None:
     with pytest.raises(Degenerate, match=reason):
         make_example(row, layout, "pairs", "f:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "answer"),
+    [
+        ({"instruction": "Q", "output": "A"}, RowFormat(), "A"),
+        ({"instruction": "Q", "chosen": "A", "rejected": "B"}, RowFormat(), "A"),
+        ({"instruction": "Q", "responses": ["B", "A"], "scores": [1, 2]}, RowFormat(), "A"),
+        ({"instruction": "Q", "responses": ["A", "B"], "ranks": [1, 2]}, RowFormat(), "A"),
+        ({"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+         RowFormat("hh"), "A"),
+    ],
+)  # fmt: skip
+def test_the_answer_to_learn(row: dict, layout: RowFormat, answer: str) -> None:
+    example = make_example(row, layout, "answer", "f:1")
+    (response,) = example.responses
+    assert (response.content, response.label, example.pairs) == (answer, "answer", ())
+
+
+@pytest.mark.parametrize("row", [{"output": ""}, {"responses": [], "scores": []}])
+def test_no_answer_to_learn(row: dict) -> None:
+    with pytest.raises(Degenerate, match="empty response"):
+        make_example({"instruction": "Q", **row}, RowFormat(), "answer", "f:1")

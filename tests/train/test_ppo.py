@@ -19,9 +19,10 @@ from prefkit.model.rollout import Sampled
 from prefkit.train import vllm_engine
 from prefkit.train.answered import JudgeFailed
 from prefkit.train.answering import Answerer, Measured
-from prefkit.train.ppo import RatioError
+from prefkit.train.ppo import PpoStage, RatioError
 from prefkit.train.reward_function import FunctionJudge
 from prefkit.train.signals import Interrupted
+from prefkit.train.stages import StageOutput
 from tests.train.forks import FORKS, run_in_two
 from tests.train.runs import read, run, same, unfinish, weights
 
@@ -438,3 +439,31 @@ def test_numbers_of_a_window_are_means(write: Write, tmp_path: Path) -> None:
     for name in ("ppo/score", "ppo/kl", "ppo/kl_coef", "ppo/eos_rate"):
         assert line[name] == pytest.approx(sum(one[name] for one in each) / 3)
     assert line["ppo/ratio_max"] == max(one["ppo/ratio_max"] for one in each)
+
+
+def test_memory_that_runs_out_changes_nothing(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches in pieces, answers of ppo_ptx among them, learn the same."""
+    keys = {"ppo_ptx": 0.1, "ppo_ptx_dataset": "pairs", "learning_rate": 1e-4}
+    run(write(**keys, output_dir=str(tmp_path / "whole")))
+    original = PpoStage.compute
+
+    def compute(self: PpoStage, model: Any, batch: dict[str, Any]) -> StageOutput:
+        if len(batch["rows"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, model, batch)
+
+    monkeypatch.setattr(PpoStage, "compute", compute)
+    assert "now computed in 2 pieces" in run(write(**keys))
+    for a, b in zip(history(tmp_path / "whole"), history(tmp_path / "out"), strict=True):
+        for name in ("loss", "grad_norm", "ppo/ptx_loss", "ppo/score", "ppo/value_loss", "ppo/ratio_max"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+
+
+def test_answers_of_ppo_ptx_get_likelier(write: Write, tmp_path: Path) -> None:
+    run(write(ppo_ptx=1.0, ppo_ptx_dataset="pairs", max_steps=8, reward_function=f"{REWARDS}:same"))
+    learnt = [line["ppo/ptx_loss"] for line in history(tmp_path / "out")]
+    assert learnt[-1] < learnt[0] - 0.5
+    names = [it["name"] for it in read(tmp_path / "out" / "data_report.json")["data_sets"]]
+    assert names == ["pairs", "pairs (ppo_ptx)"]
