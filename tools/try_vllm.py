@@ -113,19 +113,9 @@ def _compare(
     print(f"sampled in another rollout alike: {_agree(_rows(sampled), _rows(draw(4, seed=1)))}")
     print(f"ended: {sum(sum(it.ended) for it in sampled)} of {4 * len(prompts)}")
     for num_responses in (1, 4):
-<<<<<<< HEAD
-        for name, run in (("vllm", lambda n: draw(n)), ("own", lambda n: _own(policy, config, prompts, n))):
-            speeds = [_speed(run, num_responses) for _ in range(3)]
-            print(
-                f"{len(prompts)} x {num_responses}, {name}: "
-                + ", ".join(f"{it:.0f}" for it in speeds)
-                + " tokens/s"
-            )
-=======
         for name, run in (("vllm", draw), ("own", partial(_own, policy, config, prompts, stops))):
             speeds = [f"{_speed(run, num_responses):.0f}" for _ in range(3)]
             print(f"{len(prompts)} x {num_responses}, {name}: {', '.join(speeds)} tokens/s")
->>>>>>> ppo-vllm
 
 
 def _greedy(draw: Callable[..., list[Sampled]]) -> list[list[int]]:
