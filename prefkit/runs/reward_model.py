@@ -1,49 +1,14 @@
-"""The reward model that a run or an export has left in its folder, and how a folder is known for one."""
+"""How a folder is known for a reward model."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
-from prefkit.config import ModelConfig, load_config
+from prefkit.config import ModelConfig
 from prefkit.model.adapter import brings_head, find_adapter, read_adapter_config
-from prefkit.model.errors import ModelError
 from prefkit.model.load import is_classifier, load_model_config
 from prefkit.model.reward import PICKLED_VALUE_HEAD, VALUE_HEAD
-from prefkit.model.reward_model import RewardModel, open_reward_model
-from prefkit.runs.record import CONFIG_FILE, read_record
-
-# What the record of an exported adapter says of the model under it.
-_OF_THE_BASE = ("dtype", "rope_scaling")
-
-
-def load_reward_model(folder: str | Path) -> RewardModel:
-    """The reward model in the folder of a run or of its checkpoint, or with a head of LLaMA-Factory's.
-
-    Its scores are compared with those saved beside it. Base, adapters below and number format are those of
-    the run's config or of the export's record; without one they are the adapter's base, and what the weights
-    are stored in. Raises `ModelError` for a folder of no reward model, and for another than the one that was
-    saved.
-    """
-    path = Path(folder).expanduser()
-    if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
-        raise ModelError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    is_adapter = (path / "adapter_config.json").is_file()
-    run = path.parent if path.name.startswith("checkpoint-") else path
-    if is_adapter and (run / CONFIG_FILE).is_file():
-        config = load_config(run / CONFIG_FILE).config
-        model = replace(config.model, adapter_name_or_path=(*config.merged_adapters, str(path)))
-        return open_reward_model(model, config.data.cutoff_len)
-    if not is_adapter:
-        return open_reward_model(ModelConfig(model_name_or_path=str(path)))
-    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    usage = (read_record(path) or {}).get("usage", {})
-    given = {name: usage[name] for name in _OF_THE_BASE if name in usage}
-    model = ModelConfig(
-        model_name_or_path=adapter["base_model_name_or_path"], adapter_name_or_path=(str(path),), **given
-    )
-    return open_reward_model(model, usage.get("cutoff_len", 0))
+from prefkit.runs.record import read_record
 
 
 def names_reward_model(config: ModelConfig) -> bool:

@@ -27,14 +27,13 @@ from prefkit.model.adapter import add_lora
 from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD_WEIGHT, VALUE_HEAD
 from prefkit.model.reward_model import EXACT
-from prefkit.runs.reward_model import load_reward_model
 from prefkit.runs.use import read_use_config
 from prefkit.serve import export_reward
 from prefkit.serve.load import load_assistant, load_model
 from tests.conftest import make_model, make_tokenizer
 from tests.model.test_reward import make_reward_model, put_value_head
 from tests.serve.test_export import write
-from tests.train.runs import read, run, weights
+from tests.train.runs import load_reward_model, read, run, weights
 from tests.train.test_reward import KINDS, end_padded_model, plain_scores, scores, texts
 
 CODE = re.compile(r"\n\n((?:    .*\n)+)")

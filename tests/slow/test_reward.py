@@ -19,11 +19,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from prefkit.config import load_config
 from prefkit.config.uses import EXPORT
 from prefkit.runs.report import make_console
-from prefkit.runs.reward_model import load_reward_model
 from prefkit.runs.use import read_use_config
 from prefkit.serve.export import export
 from prefkit.train.run import train
 from tests.slow.test_demo import ROOT, swap
+from tests.train.runs import load_reward_model
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from prefkit.config import load_config
+from prefkit.config.uses import SCORING
+from prefkit.model.reward_model import RewardModel, open_reward_model
 from prefkit.runs.report import make_console
+from prefkit.runs.use import read_use_config
 from prefkit.train.run import train
 
 
@@ -63,3 +66,9 @@ def unfinish(folder: Path) -> None:
     (folder / "prefkit.json").write_text(json.dumps(record | {"finished": False}))
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     (newest / "manifest.json").unlink()
+
+
+def load_reward_model(folder: Path) -> RewardModel:
+    """The reward model of a run or an export, as `prefkit score` opens it."""
+    config = read_use_config(str(folder), [], SCORING).config
+    return open_reward_model(config.model, config.data.cutoff_len)

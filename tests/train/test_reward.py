@@ -15,9 +15,10 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from prefkit.config.errors import UserError
 from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD_WEIGHT, VALUE_HEAD
-from prefkit.runs.reward_model import RewardModel, load_reward_model
+from prefkit.model.reward_model import RewardModel
 from prefkit.train import reward
 from prefkit.train.checkpoint import CheckpointError
 from prefkit.train.guard import NotFinite
@@ -26,7 +27,7 @@ from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model, make_tokenizer
 from tests.model.test_reward import lose, put_value_head
 from tests.train.forks import forks, run_in_two
-from tests.train.runs import losses, read, run, same, unfinish, weights
+from tests.train.runs import load_reward_model, losses, read, run, same, unfinish, weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -314,7 +315,7 @@ def test_another_head_or_base_is_refused(
 def test_no_reward_model(tiny_model: Path, tmp_path: Path, configure: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="has no head for scores: it is no reward model"):
         load_reward_model(tiny_model)
-    with pytest.raises(ModelError, match="holds neither a model"):
+    with pytest.raises(UserError, match="holds neither a model"):
         load_reward_model(tmp_path)
     run(configure(stage="dpo"))
     with pytest.raises(ModelError, match="is of a language model and brings no head for scores"):
