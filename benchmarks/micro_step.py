@@ -20,14 +20,15 @@ from prefkit.data.dataset import RunData, load_data
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from prefkit.data.packing import pack
+from prefkit.data.template import make_template
 from prefkit.model.adapter import base_of
 from prefkit.model.load import load_tokenizer
 from prefkit.model.padding import set_pad_token
 from prefkit.model.reference import Reference
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.build import build_stage
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
-from prefkit.train.run import build_stage, make_template
 from prefkit.train.stages import Stage
 
 ROOT = Path(__file__).parents[1]

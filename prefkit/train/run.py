@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import USES, RunData, load_data
@@ -25,7 +25,6 @@ from prefkit.model.generate import generate_responses
 from prefkit.model.load import load_tokenizer
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import make_probe, write_probe
-from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import Reference
 from prefkit.model.reward_model import make_score_probe, write_score_probe
 from prefkit.objectives.pairwise import LOSSES
@@ -41,37 +40,26 @@ from prefkit.runs.plots import OVERVIEW, plot_curves
 from prefkit.runs.record import write_data_report, write_model_card, write_record
 from prefkit.runs.report import make_tracker, print_files, print_ledger
 from prefkit.runs.samples import Sample, print_samples, write_samples
-from prefkit.train.answering import Answerer
 from prefkit.train.answers import SAMPLES_FILE, SAMPLES_PAGE
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.build import build_trainer, loss_name
 from prefkit.train.callbacks import (
-    EarlyStopping,
-    KeepReferenceLogps,
-    LogFile,
-    ProgressBar,
     evaluation_prefix,
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
-from prefkit.train.dpo import DpoStage
-from prefkit.train.engine import build_engine
-from prefkit.train.judges import build_judge, fingerprint_judges
-from prefkit.train.kto import KtoStage
+from prefkit.train.judges import fingerprint_judges
 from prefkit.train.lock import FolderLock
-from prefkit.train.out_of_memory import Pieces, naming_memory_faults
+from prefkit.train.out_of_memory import naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
-from prefkit.train.policy import Policy, build_policy, choose_policy_logps
-from prefkit.train.ppo import PpoStage
+from prefkit.train.policy import Policy, build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
-from prefkit.train.reward import RewardStage
 from prefkit.train.rollout_count import count_in_updates, updates_per_step
-from prefkit.train.rollouts import RolloutSource
-from prefkit.train.signals import SaveAndStop, StopSignals
+from prefkit.train.signals import StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
-from prefkit.train.stages import Stage
 from prefkit.train.trainer import PrefTrainer
-from prefkit.train.watchdog import Heartbeat, Watchdog, named_worker_deaths
+from prefkit.train.watchdog import Watchdog, named_worker_deaths
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -145,7 +133,7 @@ def _train(
         builder = ReferenceBuilder(config, args, policy, tokenizer, data, weights, console.print, tracker)
         reference = builder.build()
     watchdog = Watchdog(config.output.hang_timeout, args.process_index)
-    trainer = _build_trainer(
+    trainer = build_trainer(
         config, args, policy, reference, data, template, folder, signals, console, watchdog
     )
     trainer.identity = identity
@@ -178,79 +166,6 @@ def _check_margins(config: RunConfig, data: RunData) -> None:
             f"pref_loss: {config.method.pref_loss} has no place for the margin of a pair: write pref_loss: "
             f"{takers}, or take `margin` out of `columns` in dataset_info.json"
         )
-
-
-def _build_trainer(
-    config: RunConfig,
-    args: TrainingArguments,
-    policy: Policy,
-    reference: Reference | None,
-    data: RunData,
-    template: ChatTemplate,
-    folder: OutputFolder,
-    signals: StopSignals,
-    console: Console,
-    watchdog: Watchdog,
-) -> PrefTrainer:
-    stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
-    rollouts = None
-    updates = updates_per_step(config)
-    bar = ProgressBar(console, updates)
-    if isinstance(stage, PpoStage):
-        assert reference is not None and not isinstance(data.train, StreamedRows)
-        judge = build_judge(config, policy.model, template, console.print)
-        console.print(f"Judge: {judge.name}.")
-        engine = build_engine(config, policy, watchdog.beat, console.print)
-        answerer = Answerer(policy, reference, judge, engine, template, config.generation)
-        rollouts = RolloutSource(config, args, answerer, stage, data.train, data.answers)
-        rollouts.show = bar.show
-    trainer = PrefTrainer(
-        policy.model,
-        args,
-        stage,
-        config.tuning,
-        policy.layout,
-        data,
-        template.tokenizer,
-        Pieces(config, args, reference, console.print),
-        signals,
-        rollouts,
-    )
-    bar.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogFile(updates))
-    trainer.add_callback(bar)
-    if isinstance(reference, CachedReference):
-        trainer.add_callback(KeepReferenceLogps(reference.store))
-    if config.method.early_stopping_steps:
-        trainer.add_callback(EarlyStopping(config.method.early_stopping_steps))
-    trainer.add_callback(SaveAndStop(signals, whole_epochs=rollouts is not None))
-    trainer.add_callback(Heartbeat(watchdog))
-    return trainer
-
-
-def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:
-    """What the YAML's `stage` names; `starts_here` says that the run is not resumed."""
-    if config.method.stage == "rm":
-        return RewardStage(config.method)
-    coefficient = config.model.moe_aux_loss_coef or 0.0
-    if config.method.stage == "ppo":
-        return PpoStage(config.ppo, policy.compute_dtype, coefficient)
-    stage: DpoStage | KtoStage
-    if config.method.stage == "kto":
-        assert reference is not None
-        logps = choose_policy_logps(config, policy.base.config)
-        stage = KtoStage(config.method, reference, logps, policy.compute_dtype, coefficient)
-    else:
-        stage = DpoStage(config.method, reference, policy.compute_dtype, coefficient)
-    stage.expects_identity = reference is not None and reference.is_initial_policy and starts_here
-    return stage
-
-
-def loss_name(config: RunConfig) -> str:
-    """The loss of a run in a word."""
-    names = {"dpo": config.method.pref_loss, "kto": "kto", "rm": "bradley-terry", "ppo": "ppo"}
-    return names[config.method.stage]
 
 
 @dataclass(frozen=True)
