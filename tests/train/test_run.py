@@ -373,7 +373,7 @@ def test_val_size_holds_out_rows(write_config, tmp_path: Path) -> None:
         ({"model_name_or_path": "no/such/folder"}, "the folder no/such/folder does not exist"),
         ({"dataset": "nothing"}, "no data set 'nothing'.*it has: pairs, held_out"),
         ({"template": "qwen9"}, "unknown template 'qwen9'"),
-        ({"report_to": "wandb"}, r"wandb is not installed: pip install 'prefkit\[wandb\]'"),
+        ({"report_to": "trackio"}, r"trackio is not installed: pip install 'trackio'"),
         ({"lora_target": "q_prj"}, "no module named q_prj; linear layers here: down_proj"),
     ],
 )
