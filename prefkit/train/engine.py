@@ -26,6 +26,9 @@ class Engine(Protocol):
     ) -> list[Sampled]:
         """Responses to each prompt, as `sample_responses`."""
 
+    def close(self) -> None:
+        """Let go of what it holds besides the policy."""
+
 
 @dataclass(frozen=True)
 class PolicyEngine:
@@ -55,6 +58,9 @@ class PolicyEngine:
             stream=stream,
             all_done=self._all_done,
         )
+
+    def close(self) -> None:
+        """Nothing: it holds the policy alone."""
 
     def _all_done(self, here: bool) -> bool:
         self.beat()

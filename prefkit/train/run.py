@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -142,7 +142,7 @@ def _train(
     if run.leads:
         folder.clear()
     run.record(finished=False)
-    with named_worker_deaths(), watchdog:
+    with named_worker_deaths(), watchdog, _engine_of(trainer):
         if args.do_train:
             before = run.answers("before")
             run.train()
@@ -150,6 +150,16 @@ def _train(
         run.evaluate()
     run.record(finished=True)
     run.show_files()
+
+
+@contextmanager
+def _engine_of(trainer: PrefTrainer) -> Iterator[None]:
+    """What draws responses is let go of in the end."""
+    try:
+        yield
+    finally:
+        if trainer.rollouts is not None:
+            trainer.rollouts.answerer.engine.close()
 
 
 def _check_margins(config: RunConfig, data: RunData) -> None:

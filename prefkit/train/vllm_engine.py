@@ -141,16 +141,13 @@ def open_vllm_engine(config: RunConfig, policy: Policy, say: Say) -> VllmEngine:
             "rollout_engine: vllm is not installed: pip install vllm, then pip install 'transformers>=5.23', "
             f"which it may have replaced by an older one; or {_INSTEAD}"
         ) from missing
-    lora_options = _lora_options(policy)
+    lora_options, device = _lora_options(policy), PartialState().device
+    _check_head(policy, device)
     try:
         _sampling_params(config.generation, config.generation.max_new_tokens, (), 0)
     except ValueError as error:
         raise UserError(f"rollout_engine: vllm does not draw so: {error}; {_INSTEAD}") from error
-    name, device, max_length = (
-        config.model.model_name_or_path,
-        PartialState().device,
-        _longest(config, policy),
-    )
+    name, max_length = config.model.model_name_or_path, _longest(config, policy)
     say(f"Rollouts: vLLM {vllm.__version__}, {max_length} tokens at most, on {device}.")
     try:
         with _seeing_only(device):
@@ -270,6 +267,18 @@ def _lora_options(policy: Policy) -> dict[str, Any]:
         )
     room = next(it for it in _RANKS if it >= rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room}
+
+
+def _check_head(policy: Policy, device: torch.device) -> None:
+    """Raises `UserError` where vLLM would go on with the head of the start: on a CPU it packs a copy of the
+    weights for the head, and makes it anew only if they come under the head's own name."""
+    tied = policy.base.config.get_text_config().tie_word_embeddings
+    weights: Any = policy.base.get_input_embeddings().weight
+    if device.type == "cpu" and tied and weights.requires_grad:
+        raise UserError(
+            "rollout_engine: on a CPU vllm does not take new weights of a head tied to the embedding: "
+            f"{_INSTEAD}, or finetuning_type: lora"
+        )
 
 
 def _longest(config: RunConfig, policy: Policy) -> int:

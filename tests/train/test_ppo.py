@@ -269,10 +269,14 @@ def test_rollout_engine_is_what_draws(write: Write, tmp_path: Path, monkeypatch:
             asked.append(keys)
             return [Sampled([[5, 5]] * num_responses, [False] * num_responses) for _ in prompts]
 
+        def close(self) -> None:
+            asked.append({"closed": True})
+
     monkeypatch.setattr(vllm_engine, "open_vllm_engine", lambda config, policy, say: Fives())
     run(write(rollout_engine="vllm"))
     assert {line["ppo/response_length"] for line in history(tmp_path / "out")} == {2}
-    first, second = asked[:2]
+    first, second, *_, last = asked
+    assert last == {"closed": True}
     assert first["numbers"] == [0, 1, 2, 3] and first["generation"].max_new_tokens == 8
     assert (first["stream"].rollout, second["stream"].rollout) == (0, 1)
 

@@ -425,7 +425,7 @@ def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"r": 8, "modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 8, "use_dora": True}, "use_dora"),
         ({"r": 8, "bias": "all"}, "bias"),
-        ({"r": 8, "lora_bias": True}, "lora_bias"),
+        ({"r": 8, "rank_pattern": {"q_proj": 513}}, "this has 513"),
     ],
 )
 def test_adapters_that_vllm_does_not_take(lora: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -438,6 +438,18 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     next(iter(policy.model.parameters())).ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="ZeRO-3"):
         open_engine(tmp_path, policy)
+
+
+def test_a_tied_head_that_is_trained_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(make_model(tie_word_embeddings=True), "shared", torch.bfloat16)
+    with pytest.raises(UserError, match="tied to the embedding"):
+        open_engine(tmp_path, policy, finetuning_type="full")
+    embedding: Any = policy.base.get_input_embeddings()
+    embedding.weight.requires_grad_(False)
+    open_engine(tmp_path, policy, finetuning_type="full")
+    embedding.weight.requires_grad_(True)
+    monkeypatch.setattr(vllm_engine, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda", 0)))
+    open_engine(tmp_path, policy, finetuning_type="full")
 
 
 def test_what_vllm_refuses_is_told_before_training(tmp_path: Path) -> None:
