@@ -21,9 +21,10 @@ from prefkit.train.answered import JudgeFailed
 from prefkit.train.answering import Answerer, Measured
 from prefkit.train.ppo import PpoStage, RatioError
 from prefkit.train.reward_function import FunctionJudge
+from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import Interrupted
 from prefkit.train.stages import StageOutput
-from tests.train.forks import FORKS, run_in_two
+from tests.train.forks import FORKS, Fork, run_in_two, two_ranks
 from tests.train.runs import read, run, same, unfinish, weights
 
 pytestmark = FORKS
@@ -471,3 +472,46 @@ def test_answers_of_ppo_ptx_get_likelier(write: Write, tmp_path: Path) -> None:
     assert learnt[-1] < learnt[0] - 0.5
     names = [it["name"] for it in read(tmp_path / "out" / "data_report.json")["data_sets"]]
     assert names == ["pairs", "pairs (ppo_ptx)"]
+
+
+def test_the_state_of_rollouts_is_needed(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight of the KL, moments of the scores: forgotten, a resumed run would be another."""
+    config = write(max_steps=4, save_steps=1, ppo_score_norm=True, ppo_target=0.01, ppo_kl_horizon=10.0)
+    run(config, f"output_dir={tmp_path / 'whole'}")
+    for forgets in (False, True):
+        out = f"output_dir={tmp_path / str(forgets)}"
+        run(config, out)
+        unfinish(tmp_path / str(forgets))
+        with monkeypatch.context() as patch:
+            if forgets:
+                patch.setattr(RolloutSource, "load_state", lambda self, state: None)
+            run(config, out)
+        assert same(tmp_path / str(forgets), tmp_path / "whole") is not forgets
+
+
+def test_a_judge_that_fails_on_one_rank_ends_both_with_a_checkpoint(write: Write, tmp_path: Path) -> None:
+    """The other rank is not left waiting, and the same command goes on."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import os, pathlib\n"
+        "calls = []\n"
+        "def score(prompts, responses):\n"
+        "    calls.append(1)\n"
+        "    now = os.environ['RANK'] == '1' and len(calls) == 2\n"
+        f"    if now and pathlib.Path({str(tmp_path / 'on')!r}).exists():\n"
+        "        raise OSError('no route to the judge')\n"
+        "    return [float(len(text)) for text in responses]\n"
+    )
+    config = write(reward_function=f"{mine}:score", max_steps=3)
+    (tmp_path / "on").touch()
+    words = ("train", config, f"output_dir={tmp_path / 'out'}")
+    ranks = [Fork(tmp_path / f"rank-{rank}.txt", **each) for rank, each in enumerate(two_ranks(*words))]
+    assert [rank.end() for rank in ranks] == [1, 1]
+    said = "".join(rank.printed() for rank in ranks)
+    assert "no route to the judge" in said and "checkpoint-2 is saved: the same command goes on" in said
+    (tmp_path / "on").unlink()
+    run_in_two(tmp_path, *words)
+    run_in_two(tmp_path, "train", config, f"output_dir={tmp_path / 'whole'}")
+    assert same(tmp_path / "out", tmp_path / "whole")
