@@ -381,13 +381,31 @@ def without_lora(policy: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def initial_adapter(policy: PeftModel) -> Iterator[None]:
-    """The frozen copy in place of the trained adapter within the block."""
-    policy.set_adapter(INITIAL, inference_mode=True)
+def as_it_was(policy: nn.Module) -> Iterator[None]:
+    """Put back who needs a gradient and who trains, of whatever was there before the block.
+
+    peft has both follow the adapter that is active.
+    """
+    gradients = [(weights, weights.requires_grad) for weights in policy.parameters()]
+    modes = [(module, module.training) for module in policy.modules()]
     try:
         yield
     finally:
-        policy.set_adapter(TRAINED)
+        for weights, needs_gradient in gradients:
+            weights.requires_grad = needs_gradient
+        for module, trains in modes:
+            module.training = trains
+
+
+@contextmanager
+def initial_adapter(policy: PeftModel) -> Iterator[None]:
+    """The frozen copy in place of the trained adapter within the block."""
+    with as_it_was(policy):
+        policy.set_adapter(INITIAL, inference_mode=True)
+        try:
+            yield
+        finally:
+            policy.set_adapter(TRAINED)
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

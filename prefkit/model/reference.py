@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from prefkit.model.adapter import base_of, initial_adapter
+from prefkit.model.adapter import as_it_was, base_of, initial_adapter
 from prefkit.model.policy import response_logps
 from prefkit.objectives.logps import ResponseLogps
 
@@ -50,7 +50,7 @@ class AdapterOff:
 
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
         """Log-probs of the batch's responses, without gradient, through the wrapped `model`."""
-        with torch.no_grad(), self.policy.disable_adapter():
+        with torch.no_grad(), as_it_was(self.policy), self.policy.disable_adapter():
             return response_logps(model, batch)
 
 

@@ -17,6 +17,7 @@ from prefkit.data.packing import Layout
 from prefkit.model.adapter import (
     HEAD_IN_FILE,
     WEIGHTS,
+    as_it_was,
     base_of,
     check_complete,
     check_ranks,
@@ -67,27 +68,13 @@ def switched_to(policy: PeftModel, adapter: str) -> Iterator[None]:
     Afterwards the active adapter, what needs a gradient and what trains are what they were.
     """
     active: Any = policy.active_adapter
-    with _as_it_was(policy):
+    with as_it_was(policy):
         policy.set_adapter(adapter, inference_mode=True)
         policy.eval()
         try:
             yield
         finally:
             policy.set_adapter(active)
-
-
-@contextmanager
-def _as_it_was(policy: nn.Module) -> Iterator[None]:
-    """Put back who needs a gradient and who trains, of whatever was there before the block."""
-    gradients = [(weights, weights.requires_grad) for weights in policy.parameters()]
-    modes = [(module, module.training) for module in policy.modules()]
-    try:
-        yield
-    finally:
-        for weights, needs_gradient in gradients:
-            weights.requires_grad = needs_gradient
-        for module, trains in modes:
-            module.training = trains
 
 
 def load_reward_adapter(policy: PeftModel, folder: Path, max_length: int, name: str) -> RewardAdapter:
@@ -168,7 +155,7 @@ def _add(policy: PeftModel, lora: Any, tensors: dict[str, Tensor], name: str) ->
     active: Any = policy.active_adapter
     weights, modules = [*policy.parameters()], [*policy.modules()]
     try:
-        with _as_it_was(policy):
+        with as_it_was(policy):
             policy.add_adapter(REWARD, lora)
             policy.set_adapter(active)
         check_complete(name, policy, tensors, REWARD)

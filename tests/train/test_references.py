@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 import prefkit.train.run as run_module
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
+from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import pack
+from prefkit.model.adapter import freeze_initial
 from prefkit.model.errors import ModelError
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter
 from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model
+from tests.model.test_reward_adapter import make_policy
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, run, same, unfinish, weights
 
@@ -346,3 +349,16 @@ def test_evaluation_without_training(write_config, tmp_path: Path, adapter: str,
     assert abs(results["eval_rewards/margins"]) > 0.1
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert run_module.FILES["eval_results.json"] in printed
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_reference_leaves_to_the_policy_who_needs_a_gradient(learns: bool, tiny_model: Path) -> None:
+    """peft would have the adapter learn again, also where the policy is only measured."""
+    policy = make_policy(tiny_model)
+    policy.requires_grad_(learns)
+    freeze_initial(policy)
+    before = [(name, it.requires_grad) for name, it in policy.named_parameters()]
+    batch = pack([TokenizedExample([7, 8], [[1, 2]], (), "f:1")], "shared").to_dict()
+    for reference in (AdapterOff(policy), InitialAdapter(policy, "it")):
+        reference.logps(policy, batch)
+        assert [(name, it.requires_grad) for name, it in policy.named_parameters()] == before
