@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from statistics import mean, stdev
+from typing import Any
 
 import pytest
 
 from tests.slow.test_demo import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from demo_report import count_short, held_out_scores
+from demo_report import evaluations, is_short
 
 pytestmark = pytest.mark.slow
 SAVES = ROOT / "saves"
@@ -28,33 +29,34 @@ def said() -> str:
     return done.stdout
 
 
-def test_held_out_scores_rise_by_three_standard_errors_and_the_kl_stays_in_bounds(said: str) -> None:
-    (first, before, kl), *_, (last, after, last_kl) = held_out_scores(
-        SAVES / "demo_ppo" / "trainer_log.jsonl"
+@pytest.fixture(scope="module")
+def answers(said: str) -> dict[int, list[dict[str, Any]]]:
+    return evaluations(SAVES / "demo_ppo" / "eval_samples.jsonl")
+
+
+def test_held_out_scores_rise_by_three_standard_errors_and_the_kl_stays_in_bounds(
+    answers: dict[int, list[dict[str, Any]]],
+) -> None:
+    first, last = answers[0], answers[max(answers)]
+    assert len(first) == len(last) == 40 and max(answers) > 0
+    rises = [new["score"] - old["score"] for old, new in zip(first, last, strict=True)]
+    assert mean(rises) >= 3 * stdev(rises) / len(rises) ** 0.5
+    assert mean(answer["kl"] for answer in first) == pytest.approx(0, abs=1e-3)
+    assert mean(answer["kl"] for answer in last) <= 1.5 * 6.0
+
+
+def test_most_answers_are_short(said: str, answers: dict[int, list[dict[str, Any]]]) -> None:
+    before, after = (
+        sum(is_short(answer["answer"]) for answer in answers[step]) for step in (0, max(answers))
     )
-    assert first == 0 and last > 0 and kl == pytest.approx(0, abs=1e-3)
-    assert last_kl <= 1.5 * 6.0
-    lines = (SAVES / "demo_ppo" / "eval_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    scores: dict[int, list[float]] = {}
-    for line in map(json.loads, lines):
-        scores.setdefault(line["step"], []).append(line["score"])
-    rises = [new - old for old, new in zip(scores[first], scores[last], strict=True)]
-    mean = sum(rises) / len(rises)
-    error = (sum((rise - mean) ** 2 for rise in rises) / (len(rises) - 1) / len(rises)) ** 0.5
-    assert mean == pytest.approx(after - before, abs=1e-6)
-    assert mean >= 3 * error
-
-
-def test_more_answers_are_short_than_before(said: str) -> None:
-    before, after, total = count_short(SAVES / "demo_ppo" / "samples.jsonl")
-    assert total == 20 and after > before
+    assert before <= 0.6 * 40 and after >= 0.8 * 40
     assert f"  after  {after:3}  " in said
 
 
 def test_the_merged_model_answers_and_the_curves_are_there(said: str) -> None:
-    talk = said.partition("> What is a bridge for?")[2].partition("Short answers")[0]
-    answers = [line for line in talk.splitlines() if line and not line.startswith((">", "The conv"))]
-    assert len(answers) >= 3
+    talk = said.partition("> What is a bridge for?")[2].partition("I have a friend")[0]
+    told = [line for line in talk.splitlines() if line.strip() and not line.startswith((">", "The conv"))]
+    assert len(told) >= 3
     assert (SAVES / "demo_ppo_merged" / "model.safetensors").is_file()
     for name in ("training_reward.png", "training_eval_reward.png"):
         assert (SAVES / "demo_ppo" / name).is_file() and name in said
