@@ -41,7 +41,9 @@ _EVALUATED = {
     "eval_margin": "rewards/margins",
     "eval_kl": "kl",
     "eval_score": "score",
+    "eval_score_stderr": "score_stderr",
     "eval_response_length": "response_length",
+    "eval_eos_rate": "eos_rate",
 }
 
 
@@ -214,11 +216,17 @@ def _numbers(values: dict[str, float], prefix: str = "") -> str:
         "accuracy": "rewards/accuracies",
         "auc": "rewards/auc",
         "kl": "kl",
-        "score": "ppo/score" if not prefix else "score",
-        "KL": "ppo/kl",
-        "length": "ppo/response_length" if not prefix else "response_length",
     }
-    shown = {label: values.get(prefix + name) for label, name in names.items()}
+    if "ppo/score" in values or f"{prefix}score" in values:
+        own = prefix or "ppo/"
+        names = {"loss": "loss", "score": f"{own}score", "kl": f"{own}kl", "length": f"{own}response_length"}
+        return _show(names, values)
+    return _show({label: f"{prefix}{name}" for label, name in names.items()}, values)
+
+
+def _show(names: dict[str, str], values: dict[str, float]) -> str:
+    """The values that are there, by their labels."""
+    shown = {label: values.get(name) for label, name in names.items()}
     return "  ".join(f"{label} {value:.3f}" for label, value in shown.items() if value is not None)
 
 

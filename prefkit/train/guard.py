@@ -62,11 +62,11 @@ class StepGuard:
     """Looks at the numbers of each optimiser step before its update.
 
     `gather` joins vectors (n,) from all ranks to (ranks * n,); `stage` is what messages call the stage;
-    `report` gets each `Spike`.
+    `report` gets each `Spike`; without it losses are not compared.
     """
 
     def __init__(
-        self, stage: str, gather: Callable[[Tensor], Tensor], report: Callable[[Spike], None]
+        self, stage: str, gather: Callable[[Tensor], Tensor], report: Callable[[Spike], None] | None
     ) -> None:
         self.stage = stage
         self.gather = gather
@@ -108,8 +108,8 @@ class StepGuard:
             found = gather_object([text for seen in self._seen for text in not_finite(seen)])
             raise NotFinite(self._describe(step, found or gather_object(self._gradients(model))))
         mean = loss / count
-        usual = self.watch.usual_if_spike(mean)
-        if usual is not None:
+        usual = self.watch.usual_if_spike(mean) if self.report else None
+        if self.report and usual is not None:
             self.report(Spike(step, mean, usual, self._highest()))
         self._seen = []
         return StepNumbers(mean, int(table[:, 3].max()))

@@ -19,10 +19,10 @@ from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.partners import judged_logps
 from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
-from prefkit.model.reward import check_head, is_reward_model, load_reward_base
+from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import verify_scores
 from prefkit.model.tuning import prepare_for_training
-from prefkit.model.value import add_value_head
+from prefkit.model.value import add_value_head, load_value_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,16 +72,26 @@ def build_policy(
         check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
-    if config.method.stage == "ppo" and read_architecture(base.config).logits is None:
-        raise UserError(
-            f"ppo: the head of {base.config.model_type} is not known, and values are read before it"
-        )
     if config.method.stage == "ppo":
-        add_value_head(model)
+        _add_value_head(model, config, say)
     layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say)
     policy = Policy(model, layout, _compute_dtype(model, args))
     _tell_weights(policy, say)
     return policy
+
+
+def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: Say) -> None:
+    """A value head, that of an earlier run where training goes on from one that has it."""
+    base = base_of(model)
+    if read_architecture(base.config).logits is None:
+        raise UserError(
+            f"ppo: the head of {base.config.model_type} is not known, and values are read before it"
+        )
+    add_value_head(model)
+    before = Path(config.model.trained_last).expanduser()
+    if (before / VALUE_HEAD).is_file():
+        load_value_head(model, before)
+        say(f"Value head: that of {config.model.trained_last}, gone on with.")
 
 
 def _load_base(

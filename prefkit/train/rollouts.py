@@ -78,6 +78,7 @@ class RolloutSource:
         self.kl = AdaptiveKL(ppo.ppo_init_kl, ppo.ppo_target, ppo.ppo_kl_horizon)
         self.moments = Moments()  # of all scores so far, where they are scaled by them
         self.window: list[dict[str, float]] = []  # numbers of the rollouts since the last line of the log
+        self.latest: dict[str, float] = {}  # those of the newest rollout, by the names of the log
         self.seconds: dict[str, float] = {}
         self._learning_since: float | None = None
 
@@ -178,6 +179,7 @@ class RolloutSource:
         of_batches = self._normed(told.scores).split([one.num_drawn for one in batches])
         add_advantages(batches, of_batches, ppo, self.kl.coefficient, gather, device)
         self.window.append(found | self._numbers_of(batches))
+        self.latest = {f"ppo/{name}": value for name, value in self.window[-1].items()}
         self.kl = self.kl.update(
             found["kl"], prompts_per_rollout(self.config, self.args) * ppo.ppo_group_size
         )

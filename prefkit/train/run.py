@@ -26,6 +26,7 @@ from prefkit.model.load import load_tokenizer
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.reference import Reference
+from prefkit.model.reward import VALUE_HEAD
 from prefkit.model.reward_model import make_score_probe, write_score_probe
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.calibration import (
@@ -273,7 +274,7 @@ class Run:
         if not self.data.held_out:
             raise DataError("do_eval/do_predict: every held-out row was rejected")
         if args.do_eval:
-            what = "pairs" if USES[self.config.method.stage] == "pairs" else "responses"
+            what = {"pairs": "pairs", "prompts": "prompts"}.get(USES[self.config.method.stage], "responses")
             metrics = self._last_evaluation() or self.trainer.evaluate()
             self.trainer.save_metrics("eval", metrics)
             for name, rows in (self.data.held_out_parts or {"": self.data.held_out}).items():
@@ -392,6 +393,7 @@ class Run:
 
 FILES = {
     "adapter_model.safetensors": "the adapter; `prefkit {verb}` and peft read this folder",
+    VALUE_HEAD: "the value head of ppo, to go on training from",
     "model.safetensors": "the model; `prefkit {verb}` and transformers read this folder",
     OVERVIEW: "the course of the training at a glance",
     "training_loss.png": "loss curve",

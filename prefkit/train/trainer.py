@@ -71,7 +71,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.rollouts = rollouts
         if rollouts is not None:
             rollouts.trainer = self
-        self.guard = StepGuard(stage.name, self.accelerator.gather, self._report_spike)
+        # The loss of ppo is a difference, whose sign may change: none stands out.
+        report = self._report_spike if rollouts is None else None
+        self.guard = StepGuard(stage.name, self.accelerator.gather, report)
         self.latest: dict[str, float] = {}  # metrics of the newest optimiser step, for the progress bar
         self._step_sums: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
@@ -352,6 +354,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         self.stage.end_step()
         if self.rollouts is not None:
             self.rollouts.end_update()
+            self.latest |= self.rollouts.latest
 
     def _sums_of_ranks(self, sums: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         """(sum, count) by name, of all ranks."""

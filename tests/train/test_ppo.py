@@ -320,6 +320,15 @@ def test_the_value_head_is_saved_and_resumed(tuning: str, write: Write, tmp_path
     assert not any("value" in name or "v_head" in name for name in weights(out))
 
 
+def test_a_run_goes_on_with_the_value_head_of_another(write: Write, tmp_path: Path) -> None:
+    run(write(output_dir=str(tmp_path / "first")))
+    head = load_file(tmp_path / "first" / VALUE_HEAD)
+    printed = run(write(adapter_name_or_path=str(tmp_path / "first"), learning_rate=0))
+    assert f"Value head: that of {tmp_path / 'first'}, gone on with." in printed
+    again = load_file(tmp_path / "out" / VALUE_HEAD)
+    assert all(torch.equal(again[name], value) for name, value in head.items())
+
+
 # Stops
 
 
