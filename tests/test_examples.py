@@ -89,7 +89,7 @@ def test_there_is_one_for_each_loss() -> None:
 def test_those_of_ppo_differ_in_what_judges_alone() -> None:
     """So that what is learnt by the one way can be compared with the others."""
     own = {"reward_model", "reward_model_type", "reward_function", "reward_timeout", "reward_retries"}
-    own |= {"reward_weights", "output_dir"}
+    own |= {"ppo_missing_eos_penalty", "output_dir"}
     written = [yaml.safe_load(file.read_text()) for file in PPO]
     shared = [{key: value for key, value in keys.items() if key not in own} for keys in written]
     assert len(PPO) == 3 and shared[0] == shared[1] == shared[2]
@@ -111,9 +111,3 @@ def test_the_reward_of_the_example_is_best_for_one_short_sentence() -> None:
     assert best == 1.0
     assert (more, open_end, empty) == (0.5, 0.0, -3.0)
     assert long == pytest.approx(1 - 6 / 12)
-
-
-def test_the_reward_that_is_added_tells_whole_sentences() -> None:
-    judge = FunctionJudge(f"{ROOT / 'examples' / 'rewards' / 'ended.py'}:score")
-    texts = ("It is a bird.", 'He said "Go!" ', "It is a", "")
-    assert judge.score(make_answered(texts=texts)) == [0.0, 0.0, -1.0, -1.0]

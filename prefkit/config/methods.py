@@ -180,6 +180,13 @@ class PpoConfig:
     ppo_score_norm: bool = key(
         False, "Scale scores by their running mean and standard deviation.", stages=("ppo",)
     )
+    ppo_missing_eos_penalty: float = key(
+        0.0,
+        "What the score of a response loses that was cut off at max_new_tokens: a reward model has learnt from "
+        "whole answers, and what it says of others is chance.",
+        minimum=0,
+        stages=("ppo",),
+    )
     ppo_target: float = key(
         6.0, "KL to the reference, in nats, that the weight of its penalty aims at.", above=0, stages=("ppo",)
     )

@@ -58,6 +58,7 @@ class Answerer:
     engine: Engine
     template: ChatTemplate
     generation: GenerationConfig
+    missing_eos_penalty: float = 0.0
 
     def draw_greedy(
         self, trainer: PrefTrainer, rows: Sequence[TokenizedExample], longest: int | None = None
@@ -97,7 +98,7 @@ class Answerer:
         return cast("str", self.template.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def score(self, trainer: PrefTrainer, drawn: Drawn) -> list[list[float]]:
-        """The score of each response to each prompt.
+        """The score of each response to each prompt; one that did not end loses `missing_eos_penalty`.
 
         Raises `JudgeFailed`, on all ranks when it could not be had on one.
         """
@@ -115,7 +116,9 @@ class Answerer:
         if trainer.accelerator.gather(failed).any():
             raise failure or JudgeFailed("Another process could not have its responses judged.")
         scores = iter(found)
-        return [[next(scores) for _ in row.response_ids] for row in drawn.rows]
+        return [
+            [next(scores) - (0 if end else self.missing_eos_penalty) for end in ends] for ends in drawn.ended
+        ]
 
     @torch.no_grad()
     def measure(self, trainer: PrefTrainer, batch: dict[str, Any]) -> Measured:

@@ -57,7 +57,9 @@ def build_trainer(
         judge = build_judge(config, policy.model, template, console.print)
         console.print(f"Judge: {judge.name}.")
         engine = build_engine(config, policy, watchdog.beat, console.print)
-        answerer = Answerer(policy, reference, judge, engine, template, config.generation)
+        answerer = Answerer(
+            policy, reference, judge, engine, template, config.generation, config.ppo.ppo_missing_eos_penalty
+        )
         rollouts = RolloutSource(config, args, answerer, stage, data.train, data.answers)
         rollouts.show = bar.show
     trainer = PrefTrainer(

@@ -113,7 +113,7 @@ _TESTS: dict[str, dict[str, str]] = {
     "tests/train/test_ppo.py": {
         "test_each_key_changes_what_is_learnt": "ppo_buffer_size ppo_epochs ppo_group_size ppo_score_norm "
         "ppo_target ppo_init_kl ppo_kl_horizon ppo_whiten_rewards ppo_gamma ppo_lambda ppo_clip "
-        "ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset",
+        "ppo_value_clip ppo_value_coefficient ppo_ptx ppo_ptx_dataset ppo_missing_eos_penalty",
         "test_rollout_engine_is_what_draws": "rollout_engine",
     },
     "tests/train/test_reward_server.py": {

@@ -63,6 +63,7 @@ PINNED = {
     },
     "ppo": {
         "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_group_size": 1, "ppo_score_norm": False,
+        "ppo_missing_eos_penalty": 0.0,
         "ppo_target": 6.0, "ppo_init_kl": 0.2, "ppo_kl_horizon": 10_000.0, "ppo_whiten_rewards": False,
         "ppo_gamma": 1.0, "ppo_lambda": 0.95, "ppo_clip": 0.2, "ppo_value_clip": 0.2,
         "ppo_value_coefficient": 0.1, "ppo_ptx": 0.0, "ppo_ptx_dataset": (),

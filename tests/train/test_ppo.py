@@ -128,6 +128,7 @@ def plain() -> dict[str, dict[str, torch.Tensor]]:
         {"ppo_buffer_size": 2},
         {"ppo_group_size": 2},
         {"ppo_score_norm": True},
+        {"ppo_missing_eos_penalty": 1.0},
         {"ppo_init_kl": 0.5},
         {"ppo_target": 0.01, "ppo_kl_horizon": 10.0},
         {"ppo_kl_horizon": 20.0},
@@ -247,6 +248,9 @@ def test_responses_may_never_end(write: Write, tmp_path: Path, monkeypatch: pyte
     run(write())
     for line in history(tmp_path / "out"):
         assert line["ppo/response_length"] == 8 and line["ppo/eos_rate"] == 0
+    assert history(tmp_path / "out")[0]["ppo/score"] > 0
+    run(write(ppo_missing_eos_penalty=9.0, overwrite_output_dir=True))
+    assert history(tmp_path / "out")[0]["ppo/score"] < 0
 
 
 def test_equal_rewards_teach_nothing_but_the_value(write: Write, tmp_path: Path) -> None:
