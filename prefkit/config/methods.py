@@ -182,7 +182,7 @@ class PpoConfig:
     )
     ppo_missing_eos_penalty: float = key(
         0.0,
-        "What the score of a response loses that was cut off at max_new_tokens: a reward model has learnt from "
+        "What the score of a response loses that was cut off at max_new_tokens: a reward model learns from "
         "whole answers, and what it says of others is chance.",
         minimum=0,
         stages=("ppo",),
