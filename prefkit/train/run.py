@@ -364,6 +364,7 @@ class Run:
             "enable_thinking": self.config.data.enable_thinking,
             "tool_format": self.config.data.tool_format,
             "reference": self.reference_name,
+            "judge": self.trainer.rollouts.answerer.judge.name if self.trainer.rollouts else None,
             "batch_layout": self.policy.layout,
             "trained_on": list(self.config.data.dataset),
             "data": [ledger.to_dict() for ledger in self.data.ledgers],

@@ -90,6 +90,7 @@ def test_a_step_is_a_rollout(write: Write, tmp_path: Path) -> None:
     assert "step 4/4  loss" in printed and "Judge: " in printed
     for name in ("training_reward.png", "training_kl.png", "training_curves.png", "eval_samples.md"):
         assert (out / name).is_file() and f"  {name}" in printed
+    assert read(out / "prefkit.json")["judge"] == f"{REWARDS}:plain"
     assert read(out / "eval_results.json").keys() >= {"eval_score", "eval_kl", "eval_response_length"}
 
 
