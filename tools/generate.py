@@ -118,8 +118,8 @@ Written by `python tools/generate.py`; change the code, not this page. A list ma
 An unknown key is an error. `null` stands for the default where it has no meaning of its own.
 
 `prefkit keys NAME` prints a row of this page. *Read by* names stages of training, and the verbs `chat`,
-`api` and `export`; a key that is given and not read is a warning. This version trains `stage: dpo`; keys of
-`kto`, `rm` and `ppo` are read by `prefkit check`. *Test* is the test that fails when the key does nothing.
+`api` and `export`; a key that is given and not read is a warning. *Test* is the test that fails when
+the key does nothing.
 
 A value may be `${env:NAME}`, a variable of the environment, or `${other_key}`; both may stand within a text,
 a list or a mapping. `$${` is a `${` that stands for itself. `default_system` is taken as it is written.

@@ -23,6 +23,7 @@ from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import make_template
 from prefkit.model.load import load_tokenizer
 from prefkit.train.arguments import make_training_arguments
+from prefkit.train.judges import check_judges
 from prefkit.train.references import wants_cache
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
     args = make_training_arguments(config)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
+    if config.method.stage == "ppo":
+        check_judges(config)
     say("Reading the data ...")
     data = load_data(config, template, args.seed, say, lambda items, title: items)
     is_stream = isinstance(data.train, StreamedRows)

@@ -16,7 +16,7 @@ class MethodConfig:
     stage: str = key(
         REQUIRED,
         "Training stage: on pairs with any pref_loss (dpo), on single judged responses (kto), a reward model "
-        "(rm) or by reinforcement (ppo); this version only checks ppo.",
+        "(rm) or by reinforcement (ppo).",
         choices=STAGES,
         later=("sft", "pt"),
         example="dpo",

@@ -60,6 +60,10 @@ PPO_ERRORS = (
     Check("reward_model_merge", ("reward_model_quantization_bit", "reward_model_adapters"),
           lambda v: v.reward_model_quantization_bit is not None and v.reward_model_adapters,
           "adapters cannot be merged into quantised weights: merge them first with prefkit export"),
+    Check("ppo_group_greedy", ("ppo_group_size", "do_sample", "temperature", "stage"),
+          lambda v: v.stage == "ppo" and v.ppo_group_size > 1 and not (v.do_sample and v.temperature > 0),
+          "greedy responses to a prompt are all the same: write do_sample: true and a temperature above 0, "
+          "or ppo_group_size: 1"),
     Check("ppo_streaming", ("streaming", "stage"),
           lambda v: v.stage == "ppo" and v.streaming,
           "a rollout takes its prompts by number, so that a resumed run finds them again: remove it"),

@@ -30,8 +30,10 @@ MAY_CHANGE = {
     *("run_name", "report_to", "disable_tqdm", "log_level", "cache_dir", "tokenized_path", "overwrite_cache"),
     "dataset_dir",  # the rows are compared by their content
     *("save_steps", "save_strategy", "save_total_limit", "logging_steps", "logging_strategy"),
+    *("reward_timeout", "reward_retries"),
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),
 }
+_MAY_DIFFER = ("machine", "reward function")
 _DERIVED = {"warmup_ratio"}  # it is in warmup_steps
 _WAY_OUT = (
     "A resumed run would be another. Put it back as it was; or go on from its weights in another output_dir "
@@ -46,11 +48,13 @@ def identify(
     data: RunData,
     models: Mapping[str, str],
     num_processes: int,
+    functions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The identity of a run as JSON values; `models` has the fingerprints of those it starts from."""
+    """The identity of a run as JSON values; `models` has the fingerprints of those it starts from, and
+    `functions` of files whose functions judge: one that failed is mended, and the run goes on."""
     versions = library_versions()
     identity = {
-        "config": {key: config.value(key) for key in _keys()},
+        "config": _compared(config),
         "data set": {ledger.name: ledger.sha256 or "streamed" for ledger in data.ledgers},
         "template": template_facts(template),
         "model": dict(models),
@@ -58,24 +62,26 @@ def identify(
         "processes": {"number": num_processes},
         # Other libraries or threads may round otherwise; the run stays what it is.
         "machine": {**versions, "threads": torch.get_num_threads()},
+        "reward function": dict(functions or {}),
     }
     same: dict[str, Any] = json.loads(json.dumps(identity))
     return same
 
 
 def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
-    """Compare the run that a checkpoint is of with this one; returns what may make the last digits differ.
+    """Compare the run that a checkpoint is of with this one; returns what may make it end otherwise and is
+    allowed to.
 
     Raises `UserError` with all differences when they are not the same run.
     """
     before = read_identity(checkpoint)
     changed = [
-        text for part in identity if part != "machine" for text in _differences(before, identity, part)
+        text for part in identity if part not in _MAY_DIFFER for text in _differences(before, identity, part)
     ]
     if changed:
         lines = "\n  ".join(changed)
         raise UserError(f"{checkpoint} is of a run with something else:\n  {lines}\n{_WAY_OUT}")
-    return list(_differences(before, identity, "machine"))
+    return [text for part in _MAY_DIFFER for text in _differences(before, identity, part)]
 
 
 def read_identity(checkpoint: Path) -> dict[str, Any]:
@@ -100,21 +106,23 @@ def check_same_config(place: Path, config: RunConfig) -> None:
         before = read_identity(place)["config"]
     else:
         saved = load_config(place / CONFIG_FILE).config
-        before = {key: saved.value(key) for key in _keys()}
-    now = {key: config.value(key) for key in _keys()}
+        before = _compared(saved)
+    now = _compared(config)
     old, new = json.loads(json.dumps([{"config": before}, {"config": now}]))
     if changed := list(_differences(old, new, "config")):
         lines = "\n  ".join(changed)
         raise UserError(f"output_dir: {place} holds a run of another config:\n  {lines}\n{_WAY_OUT}")
 
 
-def _keys() -> list[str]:
-    return [key for key in keys_of(RunConfig) if key not in MAY_CHANGE | _DERIVED]
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """The keys that may not change, with their values; where a server of scores listens may."""
+    moves = {"reward_model"} if config.reward.reward_model_type == "api" else set()
+    return {key: config.value(key) for key in keys_of(RunConfig) if key not in MAY_CHANGE | _DERIVED | moves}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> Iterator[str]:
     """Each difference in one part of two identities, in words."""
-    old, new = before.get(part, {}), now[part]
+    old, new = before.get(part, {}), now.get(part, {})
     title = "" if part == "config" else f"{part} "
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):

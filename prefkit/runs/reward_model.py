@@ -19,7 +19,7 @@ def names_reward_model(config: ModelConfig) -> bool:
             return True
     elif is_classifier(load_model_config(config)):
         return True
-    return _recorded_stage(config) == "rm"
+    return recorded_stage(config) == "rm"
 
 
 def has_value_head(config: ModelConfig) -> bool:
@@ -27,7 +27,7 @@ def has_value_head(config: ModelConfig) -> bool:
     record says whose it is: a reward model's, or that of a policy which PPO has trained."""
     from transformers.utils import has_file
 
-    if _recorded_stage(config):
+    if recorded_stage(config):
         return False
     heads = (VALUE_HEAD, PICKLED_VALUE_HEAD)
     if adapters := config.adapter_name_or_path:
@@ -36,7 +36,7 @@ def has_value_head(config: ModelConfig) -> bool:
     return any(has_file(name, it, config.model_revision, cache_dir=config.cache_dir) for it in heads)
 
 
-def _recorded_stage(config: ModelConfig) -> str | None:
+def recorded_stage(config: ModelConfig) -> str | None:
     """The stage that trained the last adapter, or the model, by the record of its run."""
     folder = Path(config.trained_last).expanduser()
     run = folder.parent if folder.name.startswith("checkpoint-") else folder

@@ -24,7 +24,7 @@ from prefkit.train.output import OutputFolder
 from prefkit.train.policy import Policy, choose_policy_logps
 from prefkit.train.ppo import PpoStage
 from prefkit.train.reward import RewardStage
-from prefkit.train.rollout_count import updates_per_step
+from prefkit.train.rollout_count import epochs_per_rollout, updates_per_step
 from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.stages import Stage
@@ -76,7 +76,8 @@ def build_trainer(
     )
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LogFile(updates))
+    epochs = epochs_per_rollout(config, args, len(rollouts.prompts.rows)) if rollouts is not None else 1.0
+    trainer.add_callback(LogFile(updates, epochs))
     trainer.add_callback(bar)
     if isinstance(reference, CachedReference):
         trainer.add_callback(KeepReferenceLogps(reference.store))

@@ -65,11 +65,12 @@ def evaluation_prefix(logs: dict[str, float]) -> str | None:
 class LogFile(TrainerCallback):
     """Appends a JSON line to `trainer_log.jsonl` at each logging step and evaluation.
 
-    A step of the file is one of the YAML: so many `updates` of the Trainer.
+    A step of the file is one of the YAML: so many `updates` of the Trainer. An epoch of the Trainer is
+    `epochs` of the YAML.
     """
 
-    def __init__(self, updates: int = 1) -> None:
-        self.updates = updates
+    def __init__(self, updates: int = 1, epochs: float = 1.0) -> None:
+        self.updates, self.epochs = updates, epochs
         self.started, self.first_step = time.time(), 0
 
     def on_train_begin(
@@ -99,6 +100,8 @@ class LogFile(TrainerCallback):
             "total_steps": state.max_steps // self.updates,
         }
         line: dict[str, Any] = {**steps, **numbers}
+        if "epoch" in line and self.epochs != 1:
+            line["epoch"] = round(line["epoch"] * self.epochs, 4)
         elapsed = time.time() - self.started
         done = state.global_step - self.first_step
         remaining = elapsed / done * (state.max_steps - state.global_step) if done > 0 else 0.0

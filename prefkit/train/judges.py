@@ -13,7 +13,7 @@ from prefkit.model.fingerprint import fingerprint
 from prefkit.model.load import find_model
 from prefkit.train.answered import Answered, Judge
 from prefkit.train.model_judge import open_adapter_judge, open_model_judge, reward_model_use
-from prefkit.train.reward_function import FunctionJudge, fingerprint_function
+from prefkit.train.reward_function import FunctionJudge, check_function_file, fingerprint_function
 from prefkit.train.reward_server import open_server_judge
 
 if TYPE_CHECKING:
@@ -60,14 +60,27 @@ def build_judge(config: RunConfig, policy: nn.Module, template: ChatTemplate, sa
     return judges[0] if weights == (1.0,) else WeightedJudges(judges, weights)
 
 
-def fingerprint_judges(config: RunConfig) -> dict[str, str]:
-    """sha256 of each reward model and function that is read from files, by its name in the YAML: one that
-    changes would make a resumed run another. What a server has is not known."""
+def check_judges(config: RunConfig) -> None:
+    """Raises `UserError` for a reward model or function that is not there, before anything is loaded."""
+    reward = config.reward
+    if reward.reward_model and reward.reward_model_type != "api":
+        reward_model_use(config)
+    if reward.reward_function:
+        check_function_file(reward.reward_function)
+
+
+def fingerprint_functions(config: RunConfig) -> dict[str, str]:
+    """sha256 of the file of the function that judges, by its name in the YAML."""
+    name = config.reward.reward_function
+    return {name: fingerprint_function(Path(name.rpartition(":")[0]))} if name else {}
+
+
+def fingerprint_reward_models(config: RunConfig) -> dict[str, str]:
+    """sha256 of each part of the reward model that is read from files, by its name: one that changes would
+    make a resumed run another. What a server has is not known."""
     reward, found = config.reward, {}
     if reward.reward_model and reward.reward_model_type != "api":
         use = reward_model_use(config).model
         found[use.model_name_or_path] = fingerprint(find_model(use))
         found |= {path: fingerprint(find_adapter(path, use)) for path in use.adapter_name_or_path}
-    if reward.reward_function:
-        found[reward.reward_function] = fingerprint_function(Path(reward.reward_function.rpartition(":")[0]))
     return found

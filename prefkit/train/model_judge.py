@@ -19,6 +19,7 @@ from prefkit.model.errors import ModelError
 from prefkit.model.load import load_model_config, load_tokenizer
 from prefkit.model.reward_adapter import load_reward_adapter
 from prefkit.model.scorer import Scorer, fit_row, open_scorer
+from prefkit.runs.reward_model import recorded_stage
 from prefkit.runs.use import read_use_config, recorded_usage
 from prefkit.train.answered import Answered, JudgeFailed
 
@@ -106,6 +107,29 @@ def _tell(judge: ModelJudge, what: str, say: Say) -> None:
     say(f"Reward model: {judge.name}, {what}{known}. It reads {how}.")
 
 
+def _of_the_hub(source: str, config: RunConfig) -> str:
+    try:
+        return str(find_adapter(source, config.model))
+    except UserError as error:
+        raise UserError(
+            f"reward_model: {source} is no folder here and no adapter of the hub: train one with stage: rm, "
+            "as examples/reward.yaml does, and name its output_dir"
+        ) from error
+
+
+def _read_use(source: str) -> UseConfig:
+    try:
+        use: UseConfig = read_use_config(source, [], SCORING).config
+    except UserError as error:
+        raise UserError(f"reward_model: {error}") from error
+    if (stage := recorded_stage(use.model)) not in (None, "rm"):
+        raise UserError(
+            f"reward_model: {source} is what a training with stage: {stage} left, no reward model: name the "
+            "folder of one with stage: rm"
+        )
+    return use
+
+
 def reward_model_use(config: RunConfig) -> UseConfig:
     """The reward model of types `lora` and `full`: its base, adapters and template, as its run has recorded
     them; the base of an adapter upon the policy is the policy's. Where nothing says how long its rows may be,
@@ -116,8 +140,8 @@ def reward_model_use(config: RunConfig) -> UseConfig:
     reward = config.reward
     source = str(reward.reward_model)
     if reward.reward_model_type == "lora" and not Path(source).expanduser().exists():
-        source = str(find_adapter(source, config.model))  # of the hub
-    use: UseConfig = read_use_config(source, [], SCORING).config
+        source = _of_the_hub(source, config)
+    use = _read_use(source)
     if reward.reward_model_adapters:
         adapters = [*use.model.adapter_name_or_path, *reward.reward_model_adapters]
         use = read_use_config(source, [f"adapter_name_or_path={json.dumps(adapters)}"], SCORING).config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import math
@@ -39,6 +40,8 @@ class FunctionJudge:
         responses = [one.text for one in answered]
         try:
             found = self.function(prompts, responses)
+            if found is None:
+                raise TypeError(f"it returned None, and a list of {len(answered)} numbers is wanted")
             values = list(found.tolist() if hasattr(found, "tolist") else found)
         except Exception as error:
             raise JudgeFailed(
@@ -95,13 +98,24 @@ def _load(file: Path, function: str, reference: str) -> Callable[..., Any]:
     return loaded
 
 
+def check_function_file(reference: str) -> None:
+    """Raises `UserError` when the file of a function is not there or is no Python."""
+    file = Path(reference.rpartition(":")[0]).expanduser()
+    if not file.is_file():
+        raise UserError(f"reward_function: {file} is not there")
+    try:
+        ast.parse(file.read_text(encoding="utf-8"), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"reward_function: {file} is no Python: {error}") from error
+
+
 def _describe(error: Exception, file: Path) -> str:
     """An error and the last line of the file that led to it."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == file.resolve()]
     if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    where = f", line {lines[-1]}" if lines else ""
+        return f"SyntaxError: {error.msg} ({file.name}:{error.lineno})"
+    where = f" ({file.name}:{lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {error}{where}"
 
 

@@ -56,13 +56,13 @@ class Connection:
     this machine. The token in REWARD_API_KEY goes along as `Authorization: Bearer`, to this server alone.
     """
 
-    def __init__(self, url: str, timeout: float, retries: int) -> None:
+    def __init__(self, url: str, timeout: float, retries: int, say: Say = lambda text: None) -> None:
         try:
             self.url = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise UserError(f"reward_model: {url} is no address: {error}") from error
         self.name = f"{self.url.scheme}://{self.url.netloc.decode()}{self.url.path}"
-        self.timeout, self.retries = timeout, retries
+        self.timeout, self.retries, self.say = timeout, retries, say
         self._token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not self._token.isascii() or not self._token.isprintable():
             raise UserError(f"{TOKEN_VARIABLE}: a token is plain letters, digits and signs")
@@ -83,6 +83,8 @@ class Connection:
                     reasons[-1] += f" and asks to come back in {wait:.0f} seconds"
                     break
                 if attempt < self.retries:
+                    again = f"asked again in {wait:g} seconds ({attempt + 1} of {self.retries})"
+                    self.say(f"{self.name}: {error}; {again}.")
                     time.sleep(wait)
         raise JudgeFailed(
             f"reward_model: {self.name} gave no scores, asked {_times(len(reasons))}: {reasons[-1]}. "
@@ -191,7 +193,7 @@ def _hint(status: int) -> str:
 def open_server_judge(reward: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> ServerJudge:
     """The server that `reward_model` names; `tokenizer` is the policy's. Raises `JudgeFailed` when it cannot
     be reached."""
-    connection = Connection(str(reward.reward_model), reward.reward_timeout, reward.reward_retries)
+    connection = Connection(str(reward.reward_model), reward.reward_timeout, reward.reward_retries, say)
     url = connection.url
     if _is_ours(connection):
         say(f"Reward model: the prefkit server at {connection.name}; it gets chat messages.")

@@ -24,6 +24,11 @@ def prompts_per_rollout(config: RunConfig, args: TrainingArguments) -> int:
     return per_update * config.ppo.ppo_buffer_size * args.world_size
 
 
+def epochs_per_rollout(config: RunConfig, args: TrainingArguments, num_prompts: int) -> float:
+    """Which share of a pass over the prompts a rollout is: of the Trainer it is an epoch."""
+    return prompts_per_rollout(config, args) / max(num_prompts, 1)
+
+
 def count_in_updates(config: RunConfig, args: TrainingArguments, num_prompts: int) -> None:
     """Make updates of all steps that the Trainer's arguments take from the YAML, where they are rollouts.
 

@@ -48,7 +48,7 @@ from prefkit.train.callbacks import (
     evaluation_prefix,
 )
 from prefkit.train.checkpoint import find_newest_checkpoint
-from prefkit.train.judges import fingerprint_judges
+from prefkit.train.judges import check_judges, fingerprint_functions, fingerprint_reward_models
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
@@ -108,6 +108,8 @@ def _train(
     console: Console,
 ) -> None:
     check_before_loading(config, args, folder, console.print)
+    if config.method.stage == "ppo":
+        check_judges(config)
     set_seed(args.seed)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
@@ -121,11 +123,13 @@ def _train(
     if not isinstance(data.train, StreamedRows):
         print_ledger(console, data.ledgers)
     weights = fingerprints(config)
+    functions: dict[str, str] = {}
     if config.method.stage == "ppo":
-        weights |= fingerprint_judges(config)
-    identity = identify(config, template, data, weights, args.world_size)
+        weights |= fingerprint_reward_models(config)
+        functions = fingerprint_functions(config)
+    identity = identify(config, template, data, weights, args.world_size, functions)
     if folder.checkpoint is not None and (other := check_same_run(folder.checkpoint, identity)):
-        console.print(f"The last digits may differ from those of a run in one go: {', '.join(other)}.")
+        console.print(f"It may end otherwise than a run in one go, since there changed: {', '.join(other)}.")
     if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
         count_in_updates(config, args, len(data.train))
     policy = build_policy(config, args, tokenizer, console.print)

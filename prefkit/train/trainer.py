@@ -93,7 +93,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         except JudgeFailed as error:
             if saved := self._save_between_rollouts():
                 raise JudgeFailed(
-                    f"{error} {saved} is saved: the same command goes on from there."
+                    f"{str(error).rstrip('.')}.\n{saved} is saved: the same command goes on from there."
                 ) from error
             raise
         except Exception as error:

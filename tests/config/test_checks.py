@@ -56,6 +56,7 @@ BROKEN = {
     "reward_model_bits": f"{JUDGED}reward_model_quantization_bit: 5\nreward_model_type: full",
     "reward_model_merge": f"{JUDGED}reward_model_type: full\nreward_model_quantization_bit: 4\n"
     "reward_model_adapters: a",
+    "ppo_group_greedy": f"{JUDGED}ppo_group_size: 2\ndo_sample: false",
     "ppo_streaming": f"{JUDGED}streaming: true\nmax_steps: 5",
     "scheduler_ppo": f"{JUDGED}lr_scheduler_type: greedy\neval_strategy: epoch\nval_size: 0.1",
     "ppo_ptx_dataset": f"{JUDGED}ppo_ptx: 0.5",

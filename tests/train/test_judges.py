@@ -26,7 +26,7 @@ from prefkit.model.reward_adapter import REWARD, RewardAdapter, load_reward_adap
 from prefkit.model.scorer import Scorer, open_scorer
 from prefkit.runs.use import read_use_config
 from prefkit.train.answered import Answered, Judge, JudgeFailed
-from prefkit.train.judges import WeightedJudges, build_judge, fingerprint_judges
+from prefkit.train.judges import WeightedJudges, build_judge, fingerprint_functions, fingerprint_reward_models
 from prefkit.train.model_judge import ModelJudge
 from prefkit.train.reward_function import FunctionJudge
 from prefkit.train.trainer import PrefTrainer
@@ -281,9 +281,9 @@ def test_what_is_no_reward_model(
         judge_of(configure(reward_model=str(tiny_model), reward_model_type="full"))
     with pytest.raises(UserError, match="holds neither a model"):
         judge_of(configure(reward_model=str(tmp_path)))
-    with pytest.raises(UserError, match="the folder /nowhere/at/all does not exist"):
+    with pytest.raises(UserError, match="reward_model: /nowhere/at/all is no folder here and no adapter"):
         judge_of(configure(reward_model="/nowhere/at/all"))
-    with pytest.raises(ModelError, match="has no head for scores: it is no reward model"):
+    with pytest.raises(UserError, match="training with stage: dpo left, no reward model"):
         judge_of(configure(reward_model=str(train_rater(stage="dpo"))))
 
 
@@ -363,16 +363,17 @@ def test_what_a_resumed_run_must_share(
 ) -> None:
     folder = train_rater()
     keys: dict[str, Any] = {"reward_model": str(folder), "reward_function": function}
-    before = fingerprint_judges(configure(**keys))
+    before = fingerprint_reward_models(configure(**keys)) | fingerprint_functions(configure(**keys))
     assert {*before} == {str(tiny_model), str(folder), function}
-    assert fingerprint_judges(configure(**keys)) == before
     Path(function.rpartition(":")[0]).write_text("def score(p, r): return [0] * len(r)")
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: it + 1 for name, it in tensors.items()}, folder / "adapter_model.safetensors")
-    after = fingerprint_judges(configure(**keys))
+    after = fingerprint_reward_models(configure(**keys)) | fingerprint_functions(configure(**keys))
     assert [name for name in before if after[name] != before[name]] == [str(folder), function]
     address = {"reward_model": "http://127.0.0.1:1/x", "reward_model_type": "api"}
-    assert fingerprint_judges(configure(**address)) == {}
+    assert (
+        fingerprint_reward_models(configure(**address)) == fingerprint_functions(configure(**address)) == {}
+    )
 
 
 # A run that has a reward model upon its policy

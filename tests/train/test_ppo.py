@@ -351,7 +351,7 @@ def test_a_judge_that_fails_leaves_a_checkpoint_to_go_on_from(
         return original(self, answered)
 
     monkeypatch.setattr(FunctionJudge, "score", score)
-    with pytest.raises(JudgeFailed, match=r"no answer .*checkpoint-4 is saved: the same command goes on"):
+    with pytest.raises(JudgeFailed, match=r"no answer\.\n.*checkpoint-4 is saved: the same command goes on"):
         run(config)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     run(config)
@@ -393,15 +393,29 @@ def test_a_signal_in_the_midst_of_drawing_ends_the_run_before_it_learns(
     assert same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_changed_reward_function_is_not_gone_on_with(write: Write, tmp_path: Path) -> None:
+def test_a_mended_reward_function_is_gone_on_with_and_said(write: Write, tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(REWARDS.read_text())
     config = write(reward_function=f"{mine}:plain", save_steps=1)
     run(config)
     unfinish(tmp_path / "out")
     mine.write_text(REWARDS.read_text().replace("isascii", "isalpha"))
-    with pytest.raises(UserError, match=r"mine\.py:plain"):
-        run(config)
+    said = " ".join(run(config).split())
+    assert f"there changed: reward function {mine}:plain:" in said
+
+
+def test_a_policy_is_no_reward_model(write: Write, tmp_path: Path) -> None:
+    """Although it has a value head, which looks like one of LLaMA-Factory's."""
+    run(write(output_dir=str(tmp_path / "policy")))
+    with pytest.raises(UserError, match="stage: ppo left, no reward model: name the folder of one"):
+        run(write(reward_function=..., reward_model=str(tmp_path / "policy")))
+    with pytest.raises(UserError, match=r"reward_model: .*/nothing is no folder here"):
+        run(write(reward_function=..., reward_model=str(tmp_path / "nothing")))
+
+
+def test_an_epoch_of_the_log_is_a_pass_over_the_prompts(write: Write, tmp_path: Path) -> None:
+    run(write(num_train_epochs=1, max_steps=...))  # 12 prompts, 4 to a rollout
+    assert [line["epoch"] for line in log_of(tmp_path / "out")] == pytest.approx([1 / 3, 2 / 3, 1], abs=1e-3)
 
 
 # Evaluations

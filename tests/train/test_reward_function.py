@@ -79,7 +79,10 @@ score = Length(2)
 
 
 FAILING = {
-    "raise": ("raise KeyError('x')", r"KeyError: 'x', line 2; it was given 2 prompts and as many responses"),
+    "raise": (
+        "raise KeyError('x')",
+        r"KeyError: 'x' \(my rewards\.py:2\); it was given 2 prompts and as many responses",
+    ),
     "other arguments": ("", "TypeError: score"),
     "too few": ("return [1]", "returned 1 numbers for 2 responses"),
     "too many": ("return [1, 2, 3]", "returned 3 numbers for 2 responses"),
@@ -88,7 +91,7 @@ FAILING = {
         "import torch; return torch.tensor(1.0)",
         "TypeError: 'float' object is not iterable",
     ),
-    "nothing": ("return None", "TypeError: 'NoneType' object is not iterable"),
+    "nothing": ("return None", "it returned None, and a list of 2 numbers is wanted"),
     "none": ("return [1, None]", r'returned "None", no number, for response 2 of 2: "bad one"'),
     "text": ("return [1, '0.5']", r'returned "0.5", no number, for response 2 of 2: "bad one"'),
     "several": ("return [[1], [2]]", r'returned "\[1\]", no number, for response 1 of 2: "a"'),
@@ -111,7 +114,7 @@ def test_what_fails_names_function_and_response(what: str, write: Write) -> None
 def test_the_line_is_the_last_one_in_the_file(write: Write) -> None:
     text = "import json\ndef read(text):\n    return json.loads(text)\n"
     text += "def score(p, r):\n    return [read(t) for t in r]"
-    with pytest.raises(JudgeFailed, match=r"JSONDecodeError: .*, line 3; it was"):
+    with pytest.raises(JudgeFailed, match=r"JSONDecodeError: .*\(my rewards\.py:3\); it was"):
         FunctionJudge(write(text)).score(make_answered(texts=("{",)))
 
 
@@ -121,9 +124,9 @@ def test_the_line_is_the_last_one_in_the_file(write: Write) -> None:
         ("def other(p, r): pass\nclass A: pass\n_b = 1", r"score is not there in .*, which has other, A$"),
         ("", "score is not there in .*, which has none$"),
         ("score = 5", "score is no function in"),
-        ("def score(p, r)\n    pass", r"does not load: SyntaxError: .*, line 1$"),
-        ("import math\nmath.nothing", r"does not load: AttributeError: .*, line 2$"),
-        ("import not_a_module_at_all", r"does not load: ModuleNotFoundError: .*, line 1$"),
+        ("def score(p, r)\n    pass", r"does not load: SyntaxError: .*\(my rewards\.py:1\)$"),
+        ("import math\nmath.nothing", r"does not load: AttributeError: .*\(my rewards\.py:2\)$"),
+        ("import not_a_module_at_all", r"does not load: ModuleNotFoundError: .*\(my rewards\.py:1\)$"),
     ],
 )
 def test_a_file_without_the_function(text: str, message: str, write: Write) -> None:
