@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/python tools/generate.py --check
 
 test: lint $(MODEL)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow

@@ -33,12 +33,12 @@ def shuffled(prompts: list[Any], responses: list[str]) -> list[float]:
 
 
 def learn(folder: Path, *overrides: str) -> tuple[list[float], list[float], dict[str, float]]:
-    """Scores of greedy held-out answers before and after ten rollouts, and the last metrics."""
-    given = [f"output_dir={folder}", "max_steps=10", "eval_steps=10", "sample_prompts=0", *overrides]
+    """Scores of greedy held-out answers before and after the rollouts of the example, and the last metrics."""
+    given = [f"output_dir={folder}", "eval_steps=12", *overrides]
     train(load_config(ROOT / "examples" / "ppo_function.yaml", given).config, make_console(io.StringIO()))
     lines = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
     before, after = (
-        score([], [line["answer"] for line in lines if line["step"] == step]) for step in (0, 10)
+        score([], [line["answer"] for line in lines if line["step"] == step]) for step in (0, 12)
     )
     metrics: dict[str, float] = json.loads((folder / "eval_results.json").read_text())
     print(f"{overrides}: held-out score {mean(before):.3f} -> {mean(after):.3f}, KL {metrics['eval_kl']:.2f}")
