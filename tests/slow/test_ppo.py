@@ -33,7 +33,7 @@ def shuffled(prompts: list[Any], responses: list[str]) -> list[float]:
 
 
 def learn(folder: Path, *overrides: str) -> tuple[list[float], list[float], dict[str, float]]:
-    """Scores of greedy held-out answers before and after the rollouts of the example, and the last metrics."""
+    """Scores of greedy held-out answers before and after the example, and the last metrics."""
     given = [f"output_dir={folder}", "eval_steps=12", *overrides]
     train(load_config(ROOT / "examples" / "ppo_function.yaml", given).config, make_console(io.StringIO()))
     lines = [json.loads(line) for line in (folder / "eval_samples.jsonl").read_text().splitlines()]
