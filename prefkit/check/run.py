@@ -14,6 +14,7 @@ from prefkit.check.models import Models, build_models
 from prefkit.check.outlook import FirstLoss, Outlook, expect_first_loss, look_ahead, look_ahead_in_rollouts
 from prefkit.check.settings import Setting, read_settings, show_value
 from prefkit.check.tokens import Part, render
+from prefkit.config.errors import UserError
 from prefkit.config.load import LoadedConfig
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import RunData, load_data
@@ -121,8 +122,7 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
     args = make_training_arguments(config)
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, config.data)
-    if config.method.stage == "ppo":
-        check_judges(config)
+    warnings = (*loaded.warnings, *_miss_judges(config))
     say("Reading the data ...")
     data = load_data(config, template, args.seed, say, lambda items, title: items)
     is_stream = isinstance(data.train, StreamedRows)
@@ -131,7 +131,7 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
     rows = train or data.held_out
     return Report(
         settings=read_settings(config),
-        warnings=loaded.warnings,
+        warnings=warnings,
         ledgers=ledgers,
         summaries=_by_data_set(ledgers, chain(train, data.held_out, data.answers), config.data.cutoff_len),
         duplicates=find_duplicates(train, data.held_out),
@@ -143,6 +143,17 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
         first_loss=expect_first_loss(config),
         memory=_estimate(config, args, models, len(tokenizer), rows, budget, say),
     )
+
+
+def _miss_judges(config: RunConfig) -> list[str]:
+    """What would stop a training by rollouts now; it may be there by then: a reward model is trained first."""
+    if config.method.stage != "ppo":
+        return []
+    try:
+        check_judges(config)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _look_ahead(

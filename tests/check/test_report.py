@@ -154,6 +154,7 @@ def test_ppo_is_checked_too(write_config: Write, bare_model: Path, dataset_dir: 
     assert "Not in it: what the drawing keeps, and a reward model" in text
     assert "2 rollouts in all (a step each)" in text and "learnt from in 4 updates" in text
     assert report.outlook.updates == 8
+    assert "reward_model: rm is no folder here" in text
 
 
 def test_a_stream_is_looked_at(write_config: Write, bare_model: Path) -> None:
