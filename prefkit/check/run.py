@@ -146,7 +146,7 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
 
 
 def _miss_judges(config: RunConfig) -> list[str]:
-    """What would stop a training by rollouts now; it may be there by then: a reward model is trained first."""
+    """What would stop a training by rollouts now: a reward model that is not trained yet, say."""
     if config.method.stage != "ppo":
         return []
     try:
