@@ -137,9 +137,7 @@ class _Loader:
         """All rows, each with an answer to learn as it is, and the ledgers, which say what for."""
         tables = _Tables([self._load(entry) for entry in entries])
         rows = tables.all_rows
-        if not len(rows):
-            why = "; ".join(ledger.explain() for ledger in tables.ledgers)
-            raise DataError(f"ppo_ptx_dataset: no row is left to train on; {why}")
+        tables.check_rows("ppo_ptx_dataset: ")
         ledgers = [tables.settle(k, rows, _NO_ROWS) for k in range(len(entries))]
         return tables.view(rows, split=False), [
             replace(ledger, name=f"{ledger.name} (ppo_ptx)") for ledger in ledgers
@@ -150,9 +148,8 @@ class _Loader:
         val_size = self.config.data.val_size
         tables = _Tables([self._load(entry) for entry in entries])
         rows = tables.all_rows
-        if entries and not len(rows):
-            why = "; ".join(ledger.explain() for ledger in tables.ledgers)
-            raise DataError(f"no row is left to train on; {why}")
+        if entries:
+            tables.check_rows()
         is_held_out = np.zeros(len(rows), dtype=bool)
         if val_size:
             try:
@@ -206,6 +203,12 @@ class _Tables:
     def all_rows(self) -> np.ndarray:
         """Every row of every table, (n, 2)."""
         return np.concatenate([_NO_ROWS, *map(self.all_of, range(len(self.rows)))])
+
+    def check_rows(self, where: str = "") -> None:
+        """Raises `DataError`, with what became of all rows, when none is left; `where` begins its message."""
+        if not sum(map(len, self.rows)):
+            why = "; ".join(ledger.explain() for ledger in self.ledgers)
+            raise DataError(f"{where}no row is left to train on; {why}")
 
     def all_of(self, table: int) -> np.ndarray:
         """Every row of a table, (n, 2)."""

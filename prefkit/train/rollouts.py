@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import pack
+from prefkit.data.packing import DRAWN, pack
 from prefkit.data.turns import Turns
 from prefkit.model.rollout import Stream
 from prefkit.objectives.ppo import AdaptiveKL, Moments, explained_variance, measure, whiten
@@ -207,7 +207,7 @@ class RolloutSource:
             torch.cat([one.drawn(getattr(one.measured, name)) for one in batches]).to(device)
             for name in ("values", "entropies")
         )
-        returns = torch.cat([one.drawn(one.batch["drawn"]["returns"]) for one in batches]).to(device)
+        returns = torch.cat([one.drawn(one.batch[DRAWN]["returns"]) for one in batches]).to(device)
         return {
             "kl_coef": self.kl.coefficient,
             "value_explained_variance": explained_variance(values, returns, gather),
