@@ -35,8 +35,9 @@ from prefkit.data.dataset import RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from prefkit.model.adapter import add_lora, base_of
-from prefkit.model.load import load_causal_lm, load_tokenizer
+from prefkit.model.load import load_causal_lm
 from prefkit.model.reference import FrozenModel
+from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.dpo import DpoStage
 from prefkit.train.out_of_memory import Pieces
@@ -135,8 +136,9 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
     set_seed(0)
     config = make_config(point, scratch)
     args = make_training_arguments(config)
-    tokenizer = load_tokenizer(config.model)
-    policy = build_policy(config, args, tokenizer, lambda text: None)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
+    policy = build_policy(config, args, template, lambda text: None)
     if point.all_logits:
         policy.base.forward = MethodType(all_logits_forward, policy.base)
     number = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -151,7 +153,7 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
     stage = DpoStage(config.method, reference, policy.compute_dtype)
     pieces = Pieces(config, args, reference, print)
     trainer = PrefTrainer(
-        *(policy.model, args, stage, config.tuning, policy.layout, data, tokenizer),
+        *(policy.model, args, stage, config.tuning, policy.packer, data, tokenizer),
         pieces=pieces,
         signals=StopSignals(),
     )
@@ -175,6 +177,7 @@ def make_config(point: Point, scratch: Path) -> RunConfig:
         "stage": "dpo",
         "do_train": True,
         "dataset": "random",
+        "template": "default",
         "cutoff_len": point.tokens,
         "cache_dir": str(scratch),
         "output_dir": str(scratch / "out"),

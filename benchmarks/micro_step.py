@@ -20,11 +20,10 @@ from prefkit.data.dataset import RunData, load_data
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from prefkit.data.packing import pack
-from prefkit.data.template import make_template
 from prefkit.model.adapter import base_of
-from prefkit.model.load import load_tokenizer
 from prefkit.model.padding import set_pad_token
 from prefkit.model.reference import Reference
+from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.build import build_stage
 from prefkit.train.policy import build_policy
@@ -73,13 +72,13 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
     """Up to `batches` micro-batches of `rows` of the examples, or of the set that the config names."""
     args = make_training_arguments(config)
     set_seed(args.seed)
-    tokenizer = load_tokenizer(config.model)
-    template = make_template(tokenizer, config.data)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
     if config.method.stage == "rm":
         set_pad_token(tokenizer, template, config.model)
     if not examples:
         examples = load_data(config, template, args.seed, _say_nothing, lambda items, title: items).train
-    policy = build_policy(config, args, tokenizer, _say_nothing)
+    policy = build_policy(config, args, template, _say_nothing)
     reference: Reference | None = None
     if config.method.stage != "rm":
         data = RunData([], [], [])  # type: ignore[arg-type]

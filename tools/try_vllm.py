@@ -27,6 +27,7 @@ from prefkit.config.schema import RunConfig
 from prefkit.model.attention import plain_attention
 from prefkit.model.generate import GREEDY
 from prefkit.model.rollout import Sampled, Stream, sample_responses
+from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.policy import Policy, build_policy
 from prefkit.train.vllm_engine import VllmEngine, open_vllm_engine
@@ -53,7 +54,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         config = _make_config(Path(folder), options)
         args = make_training_arguments(config)
-        policy = build_policy(config, args, tokenizer, print)
+        policy = build_policy(config, args, load_template(config.model, config.data), print)
         start = time.perf_counter()
         engine = open_vllm_engine(config, policy, print)
         print(f"opened in {time.perf_counter() - start:.1f} s")

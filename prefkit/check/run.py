@@ -21,8 +21,7 @@ from prefkit.data.dataset import RunData, load_data
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.ledger import Ledger
 from prefkit.data.streaming import StreamedRows
-from prefkit.data.template import make_template
-from prefkit.model.load import load_tokenizer
+from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.judges import check_judges
 from prefkit.train.references import wants_cache
@@ -120,8 +119,8 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
     """
     config = loaded.config
     args = make_training_arguments(config)
-    tokenizer = load_tokenizer(config.model)
-    template = make_template(tokenizer, config.data)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
     warnings = (*loaded.warnings, *_miss_judges(config))
     say("Reading the data ...")
     data = load_data(config, template, args.seed, say, lambda items, title: items)

@@ -120,6 +120,20 @@ class DataConfig:
         "Folder with dataset_info.json and its files; ONLINE reads data sets of the Hub by their id, "
         "REMOTE:ID the dataset_info.json of one.",
     )
+    media_dir: str | None = key(
+        None, "Folder that the paths of images start from and stay in; null takes that of the data set."
+    )
+    media_hosts: tuple[str, ...] = key(
+        (),
+        "Hosts from which images named by https:// may be fetched; without any, no address is.",
+        elsewhere="any",
+    )
+    image_max_pixels: int = key(
+        589824, "Images of more pixels are scaled down before the model's own processor.", minimum=784
+    )
+    image_min_pixels: int = key(
+        1024, "Images of fewer pixels are scaled up before the model's own processor.", minimum=1
+    )
     cutoff_len: int = key(2048, "Most tokens of a prompt with one response; more is cut.", minimum=8)
     truncation: str = key(
         "prefkit",
@@ -239,6 +253,11 @@ class TuningConfig:
     freeze_extra_modules: tuple[str, ...] = key(
         (), "Names of modules outside the layers that freeze trains too, such as lm_head."
     )
+    freeze_vision_tower: bool = key(True, "Leave the layers that read images as they are.")
+    freeze_multi_modal_projector: bool = key(
+        True, "Leave the layers between image reader and language model as they are."
+    )
+    freeze_language_model: bool = key(False, "Leave the language model of one that sees as it is.")
     pure_bf16: bool = key(False, "Hold and train every weight in bfloat16, without float32 copies.")
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def read_conversation(text: str) -> tuple[tuple[Message, ...], Tools]:
     """The messages and tools of which `write_conversation` has made the text.
 
     >>> read_conversation(write_conversation([Message("user", "Hi")]))
-    ((Message(role='user', content='Hi', calls=()),), ())
+    ((Message(role='user', content='Hi', calls=(), media=()),), ())
     """
     written = json.loads(text)
     messages = tuple(

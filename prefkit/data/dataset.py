@@ -45,6 +45,13 @@ class RunData:
     has_margins: bool = False
     answers: RowView = field(default_factory=lambda: RowView([], np.zeros((0, 3), dtype=np.int64)))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether rows have images; those of a stream may."""
+        if isinstance(self.train, StreamedRows):
+            return self.train.encoder.template.vision is not None
+        return any(view.has_images for view in (self.train, self.held_out, self.answers))
+
     def first(self, number: int) -> list[TokenizedExample]:
         """The first examples that are held out, or else trained on."""
         if not self.held_out and isinstance(self.train, StreamedRows):

@@ -8,19 +8,22 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
-from prefkit.data.examples import Example, Label, Message, Pair
-from prefkit.data.messages import Degenerate
+from prefkit.data.examples import Example, Label, Message, Pair, StoredImage
+from prefkit.data.messages import PLACEHOLDER, Degenerate
 from prefkit.data.template import ChatTemplate
 
 Truncation = Literal["prefkit", "llamafactory"]
 
 
-def prompt_key(prompt_ids: Iterable[int]) -> int:
-    """A number of 64 bits for the token ids of a prompt: equal prompts have the same."""
-    digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def prompt_key(prompt_ids: Iterable[int], images: Iterable[str] = ()) -> int:
+    """A number of 64 bits for the token ids of a prompt and the digests of its images: equal prompts have the
+    same."""
+    digest = hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8)
+    digest.update("".join(images).encode())
+    return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TokenizedExample:
     `labels` say how each response was judged and `pairs` which are compared, by index; `truncated` says
     that a part was cut. `question` is the last turn of the user, to be shown. `conversation` is the whole
     prompt as text (`read_conversation`), also where its ids are cut; rows that are read for anything but
-    their prompts have none.
+    their prompts have none. `images` are those of the prompt, all of which its ids have places for.
     """
 
     prompt_ids: list[int]
@@ -41,12 +44,23 @@ class TokenizedExample:
     labels: tuple[Label, ...] = ()
     question: str = ""
     conversation: str = ""
+    images: tuple[StoredImage, ...] = ()
 
     @cached_property
     def key(self) -> str:
-        """A name for the token ids: two rows with equal ids have equal log-probs under any model."""
-        ids = json.dumps([self.prompt_ids, self.response_ids])
-        return hashlib.sha256(ids.encode()).hexdigest()
+        """A name for token ids and images: two rows with equal ones have equal log-probs under any model."""
+        content = [self.prompt_ids, self.response_ids] + ([self.digests] if self.images else [])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @cached_property
+    def prompt_key(self) -> int:
+        """The `prompt_key` of its prompt."""
+        return prompt_key(self.prompt_ids, self.digests)
+
+    @property
+    def digests(self) -> list[str]:
+        """The hash of the content of each image."""
+        return [image.digest for image in self.images]
 
     @property
     def num_tokens(self) -> int:
@@ -73,16 +87,20 @@ def encode_example(
 ) -> TokenizedExample:
     """Encode an example so that the prompt with any response has at most `cutoff_len` tokens.
 
-    Raises `Degenerate` when no two responses that are compared differ, when a response has no token, or
-    when no prompt fits.
+    Images are never cut. Raises `Degenerate` when no two responses that are compared differ, when a response
+    has no token, or when no prompt fits; `RowError` where the model cannot take the images.
     """
     messages = [response.message for response in example.responses]
-    prompt_ids, response_ids = template.encode(example.prompt, messages, example.tools)
+    texts = template.image_texts(example)
+    prompt_ids, response_ids = template.encode(example.prompt, messages, example.tools, texts)
     if not prompt_ids:
         raise Degenerate("empty prompt")
     if not all(response_ids):
         raise Degenerate("a response without a token to score")
-    cut_prompt, cut = _TRUNCATE[truncation](example, template, prompt_ids, response_ids, cutoff_len)
+    num_places = template.count_places(prompt_ids)
+    cut_prompt, cut = _TRUNCATE[truncation](example, template, texts, prompt_ids, response_ids, cutoff_len)
+    if template.count_places(cut_prompt) != num_places:
+        raise Degenerate("no room for the images of the prompt")
     if not all(cut):
         raise Degenerate("no room for a response beside the prompt")
     pairs = tuple(pair for pair in example.pairs if cut[pair.chosen] != cut[pair.rejected])
@@ -97,6 +115,7 @@ def encode_example(
         truncated=cut_prompt != prompt_ids or cut != response_ids,
         labels=tuple(response.label for response in example.responses),
         question=next((turn.content for turn in reversed(example.prompt) if turn.role == "user"), ""),
+        images=example.images,
     )
 
 
@@ -106,24 +125,26 @@ Ids = tuple[list[int], list[list[int]]]
 def _keep_ends(
     example: Example,
     template: ChatTemplate,
+    texts: Sequence[str],
     prompt_ids: list[int],
     response_ids: list[list[int]],
     cutoff: int,
 ) -> Ids:
     """A response is kept up to 3/4 of `cutoff` (more, if the prompt leaves more) and loses its tail, with it
-    the end token. The prompt gets the rest: whole early exchanges go first, then the head of the last
-    user turn; the system turn stays."""
+    the end token. The prompt gets the rest: whole early exchanges without images go first, then the head of
+    the first user turn that is left; system turn and images stay."""
     longest = max(cutoff - len(prompt_ids), cutoff * 3 // 4)
     cut = [ids[:longest] for ids in response_ids]
     room = cutoff - max(map(len, cut), default=0)
     if len(prompt_ids) > room:
-        prompt_ids = _shorten_prompt(example, template, room)
+        prompt_ids = _shorten_prompt(example, template, texts, room)
     return prompt_ids, cut
 
 
 def _cut_in_proportion(
     example: Example,
     template: ChatTemplate,
+    texts: Sequence[str],
     prompt_ids: list[int],
     response_ids: list[list[int]],
     cutoff: int,
@@ -156,9 +177,9 @@ _TRUNCATE: dict[Truncation, Callable[..., Ids]] = {
 }
 
 
-def _shorten_prompt(example: Example, template: ChatTemplate, room: int) -> list[int]:
-    """Token ids of the prompt without as many early exchanges, and then tokens of its last question, as do
-    not fit.
+def _shorten_prompt(example: Example, template: ChatTemplate, texts: Sequence[str], room: int) -> list[int]:
+    """Token ids of the prompt without as many early exchanges, and then tokens of the first question that is
+    left, as do not fit.
 
     The responses are encoded along, since a template may open the answer by what follows.
     """
@@ -167,17 +188,20 @@ def _shorten_prompt(example: Example, template: ChatTemplate, room: int) -> list
     turns = list(example.prompt[len(system) :])
 
     def encode() -> list[int]:
-        return template.encode([*system, *turns], messages, example.tools)[0]
+        return template.encode([*system, *turns], messages, example.tools, texts)[0]
 
     while (start := _next_question(turns)) is not None:
+        if texts and any(PLACEHOLDER in turn.content for turn in turns[:start]):
+            break
         turns = turns[start:]
         if len(ids := encode()) <= room:
             return ids
     ids = encode()
     while len(ids) > room:
-        shorter = _drop_head(turns[0].content, len(ids) - room, template)
+        shorter = _drop_head(turns[0].content, len(ids) - room, template, bool(texts))
         if not shorter:
-            raise Degenerate("no room for the prompt beside what cannot be cut")
+            what = "images of the prompt" if texts else "prompt beside what cannot be cut"
+            raise Degenerate(f"no room for the {what}")
         turns[0] = Message("user", shorter)
         ids = encode()
     return ids
@@ -188,8 +212,15 @@ def _next_question(turns: Sequence[Message]) -> int | None:
     return next((i for i, turn in enumerate(turns) if i and turn.role == "user"), None)
 
 
-def _drop_head(text: str, num_tokens: int, template: ChatTemplate) -> str:
-    """The text without its first tokens."""
+def _drop_head(text: str, num_tokens: int, template: ChatTemplate, has_images: bool) -> str:
+    """The text without its first tokens, but with its images."""
+    if has_images and PLACEHOLDER in text:
+        pieces = text.split(PLACEHOLDER)
+        shorter = _drop_head("".join(pieces), num_tokens, template, has_images=False)
+        dropped = sum(map(len, pieces)) - len(shorter)
+        before = accumulate(map(len, pieces), initial=0)
+        kept = (piece[max(dropped - start, 0) :] for piece, start in zip(pieces, before, strict=False))
+        return PLACEHOLDER.join(kept) if shorter else ""
     encoded = template.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
     )

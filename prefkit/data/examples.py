@@ -18,16 +18,34 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """An image of a row that is known to be one that can be read.
+
+    `path` is the absolute path of its file, or empty where `content` has its encoded bytes. `digest` is the
+    sha256 of these bytes; `width` and `height` are as it is shown.
+    """
+
+    path: str
+    content: bytes
+    digest: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
     A thought stands at the head of an assistant's `content`, between `<think>` and `</think>`. `calls` are
     the functions that an assistant asks for; the turn of role `tool` has the result of one as its content.
+    Each `<image>` in the content of a prompt stands for an image; `media` are those that the message itself
+    brought, as they were written.
     """
 
     role: Role
     content: str
     calls: tuple[ToolCall, ...] = ()
+    media: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class Example:
 
     The prompt ends with a turn of the user or of a tool; a system turn, if any, comes first. `tools`
     describes, as JSON schemas, the functions that the assistant may call. `pairs` are empty where
-    responses are not compared.
+    responses are not compared. `images` are those of the prompt, in order.
     """
 
     prompt: tuple[Message, ...]
@@ -71,3 +89,4 @@ class Example:
     source: str
     pairs: tuple[Pair, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[StoredImage, ...] = ()

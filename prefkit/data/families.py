@@ -28,8 +28,8 @@ class Family:
 
     `control` are the tokens that the template writes, which must be tokens of the model; `ends` is the one
     of them that ends a turn and becomes the tokenizer's end token, None where the tokenizer's own does.
-    `stops` end an answer besides, where the tokenizer has them. `tools` is the tool format. With `media`,
-    `<image>` in a text stands for an image, which cannot be read yet.
+    `stops` end an answer besides, where the tokenizer has them. `tools` is the tool format. `image` is
+    what is written for an image, to be filled with the tokens of its features.
     """
 
     models: str
@@ -38,10 +38,11 @@ class Family:
     stops: tuple[str, ...] = ()
     tools: str = "default"
     thinks: bool = False
-    media: bool = False
+    image: str = ""
 
 
 _IM = ("<|im_start|>", "<|im_end|>")
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _TURN = ("<start_of_turn>", "<end_of_turn>")
 _DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>")
 
@@ -49,9 +50,9 @@ FAMILIES = {
     "qwen": Family("Qwen 2.5", _IM, "<|im_end|>", tools="qwen"),
     "qwen3": Family("Qwen 3, thinking or both", _IM, "<|im_end|>", tools="qwen", thinks=True),
     "qwen3_nothink": Family("Qwen 3 Instruct 2507", _IM, "<|im_end|>", tools="qwen"),
-    "qwen2_vl": Family("Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen", media=True),
-    "qwen3_vl": Family("Qwen 3 VL Thinking", _IM, "<|im_end|>", tools="qwen", thinks=True, media=True),
-    "qwen3_vl_nothink": Family("Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen", media=True),
+    "qwen2_vl": Family("Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE),
+    "qwen3_vl": Family("Qwen 3 VL Thinking", _IM, "<|im_end|>", tools="qwen", thinks=True, image=_QWEN_IMAGE),
+    "qwen3_vl_nothink": Family("Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE),
     "chatml": Family("any with ChatML's tokens", _IM, "<|im_end|>", ("<|im_start|>",)),
     "llama2": Family("Llama 2 Chat"),
     "llama3": Family(
@@ -67,11 +68,11 @@ FAMILIES = {
         "<|eot|>",
         ("<|eom|>",),
         tools="llama3",
-        media=True,
+        image="<|image|>",
     ),
     "gemma": Family("Gemma", _TURN, "<end_of_turn>"),
     "gemma2": Family("Gemma 2", _TURN, None, ("<end_of_turn>",)),
-    "gemma3": Family("Gemma 3", _TURN, "<end_of_turn>", media=True),
+    "gemma3": Family("Gemma 3", _TURN, "<end_of_turn>", image="<start_of_image>"),
     "mistral": Family("Mistral 7B v0.3 and its kin", tools="mistral"),
     "phi4": Family("Phi 4", ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), "<|im_end|>"),
     "deepseek3": Family("DeepSeek V2.5, V3", _DEEPSEEK),

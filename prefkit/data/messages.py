@@ -32,7 +32,10 @@ TAGS = {
 # Other spellings of a role that mean the same wherever they occur.
 _SYNONYMS = {"developer": "system_tag", "function": "observation_tag"}
 _PARTS = ("thinking", "reasoning")
-_MEDIA = ("image", "image_url", "video", "video_url", "audio", "input_audio")
+_IMAGES = ("image", "image_url", "input_image")
+_MEDIA = ("video", "video_url", "audio", "input_audio")
+# What stands for an image in a text.
+PLACEHOLDER = "<image>"
 
 
 class RowError(ValueError):
@@ -75,8 +78,8 @@ def with_thought(thought: str, content: str) -> str:
 def read_message(turn: object, tags: Mapping[str, str], where: str) -> Message:
     """One message object; `tags` are keys and roles, each as the file spells it.
 
-    Raises `RowError` for a message without role or content, with a role of none of the tags, or with
-    pictures or sound.
+    Raises `RowError` for a message without role or content, with a role of none of the tags, or with video
+    or sound.
     """
     role_key, content_key = tags["role_tag"], tags["content_tag"]
     if not isinstance(turn, Mapping) or role_key not in turn:
@@ -90,11 +93,14 @@ def read_message(turn: object, tags: Mapping[str, str], where: str) -> Message:
     if turn[role_key] == tags["function_tag"]:
         return _read_function_turn(content, f"{where}: {content_key!r}")
     calls = _read_calls(turn.get("tool_calls"), f"{where}: 'tool_calls'")
-    text = "" if content is None and calls else _read_content(content, f"{where}: {content_key!r}")
+    media: tuple[Any, ...] = ()
+    text = ""
+    if content is not None or not calls:
+        text, media = _read_content(content, f"{where}: {content_key!r}")
     thought = turn.get("reasoning_content") or turn.get("thinking") or ""
     if role == "assistant" and thought:
         text = with_thought(read_text(thought, f"{where}: its thought"), text)
-    return Message(role, text, calls)
+    return Message(role, text, calls, media)
 
 
 def _shape(turn: object) -> str:
@@ -119,12 +125,14 @@ def _read_role(written: object, tags: Mapping[str, str], where: str) -> Role:
     return role
 
 
-def _read_content(content: object, where: str) -> str:
-    """A text, or the texts and thoughts of a list of parts."""
+def _read_content(content: object, where: str) -> tuple[str, tuple[Any, ...]]:
+    """A text, or the texts and thoughts of a list of parts; and the images among these, as they are
+    written."""
     if not isinstance(content, list):
-        return read_text(content, where)
+        return read_text(content, where), ()
     texts: list[str] = []
     thoughts: list[str] = []
+    media: list[Any] = []
     for number, part in enumerate(content, 1):
         place = f"{where}, part {number}"
         if isinstance(part, str):
@@ -133,14 +141,24 @@ def _read_content(content: object, where: str) -> str:
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
             raise RowError(f"{place} is an object with 'type', not {_shape(part)}", "wrong type")
         if part["type"] in _MEDIA:
-            raise RowError(f"{place}: {part['type']} parts cannot be read by this version", "images or sound")
-        if part["type"] in _PARTS:
+            raise RowError(f"{place}: {part['type']} parts cannot be read by this version", "video or sound")
+        if part["type"] in _IMAGES:
+            texts.append(PLACEHOLDER)
+            media += _image_of(part)
+        elif part["type"] in _PARTS:
             thoughts.append(read_text(part.get(part["type"], part.get("text")), place))
         elif part["type"] in ("text", "output_text", "input_text"):
             texts.append(read_text(part.get("text"), place))
         else:
-            raise RowError(f"{place}: unknown type {part['type']!r}; text and thinking are known")
-    return with_thought("\n".join(thoughts), "".join(texts))
+            raise RowError(f"{place}: unknown type {part['type']!r}; text, thinking and image are known")
+    return with_thought("\n".join(thoughts), "".join(texts)), tuple(media)
+
+
+def _image_of(part: Mapping[str, Any]) -> list[Any]:
+    """The image that a part brings; none where it says only that there is one, which a column then has."""
+    names = (part["type"], "image", "image_url", "url", "path", "bytes", "base64")
+    value = next((part[name] for name in names if part.get(name) is not None), None)
+    return [] if value is None else [value]
 
 
 def _read_function_turn(content: object, where: str) -> Message:

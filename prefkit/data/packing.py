@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Label
+
+if TYPE_CHECKING:
+    from prefkit.data.vision import Pixels, Vision
 
 # What a batch has besides of responses that were drawn, by name: a vector (T,) each.
 DRAWN = "drawn"
@@ -29,8 +32,10 @@ Segments = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
 class PackedBatch:
     """B rows of L tokens with N responses of T tokens in all, in M pairs.
 
-    `input_ids`, `position_ids` (B, L); `segments` describes the one row of the shared layout,
-    `attention_mask` (B, L) the padding of the repeat layout; the other is None.
+    `input_ids` (B, L); `position_ids` (B, L), or (3, B, L) where images are placed in time, height and width;
+    `segments` describes the one row of the shared layout, `attention_mask` (B, L) the padding of the repeat
+    layout; the other is None. Where there are images, `pixels` has what the model takes of them, of each
+    prompt of the shared row, or of each row that repeats one.
 
     Of the response tokens, in order, `target` (T,) is the token id, `source` (T,) the flat position in
     (B * L) whose hidden state predicts it, `owner` (T,) its response. The last prompt token predicts the
@@ -59,14 +64,15 @@ class PackedBatch:
     response_counts: tuple[int, ...]
     pair_counts: tuple[int, ...]
     labels: tuple[Label, ...]
+    pixels: tuple[Pixels, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: the form that a data loader moves between devices."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
-    """Lay out examples as one batch.
+def pack(examples: Sequence[TokenizedExample], layout: Layout, vision: Vision | None = None) -> PackedBatch:
+    """Lay out examples as one batch; `vision` reads their images, once for each example.
 
     >>> from prefkit.data.examples import Pair
     >>> example = TokenizedExample([7, 8], [[1, 2], [3]], (Pair(0, 1),), "f:1")
@@ -87,7 +93,7 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
             owner += [num_responses] * len(ids)
             num_responses += 1
     return PackedBatch(
-        **place(examples),
+        **place([_Prompt.read(example, vision) for example in examples]),
         target=torch.tensor(target),
         owner=torch.tensor(owner),
         num_responses=num_responses,
@@ -102,6 +108,19 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout) -> PackedBatch:
         pair_counts=tuple(len(example.pairs) for example in examples),
         labels=tuple(label for example in examples for label in example.labels),
     )
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs examples into a batch in the form that data loader and Trainer take: in `layout`, their images
+    read by `vision`."""
+
+    layout: Layout
+    vision: Vision | None = None
+
+    def __call__(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+        """The fields of the batch by name."""
+        return pack(examples, self.layout, self.vision).to_dict()
 
 
 def last_positions(batch: Mapping[str, Any]) -> Tensor:
@@ -142,35 +161,77 @@ def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
     return [row for row, count in counted for _ in range(max(count, 1))]
 
 
-def _place_shared(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Prompt:
+    """An example with the images of its prompt, and their places (3, P) where the model counts so."""
+
+    example: TokenizedExample
+    pixels: Pixels
+    places: Tensor | None = None
+
+    @classmethod
+    def read(cls, example: TokenizedExample, vision: Vision | None) -> _Prompt:
+        if not example.images:
+            return cls(example, {})
+        assert vision is not None
+        pixels, _ = vision.read(example.images)
+        return cls(example, pixels, vision.places(example.prompt_ids, pixels))
+
+    def positions(self) -> Tensor:
+        """Of the tokens of the prompt, (3, P)."""
+        length = len(self.example.prompt_ids)
+        return torch.arange(length).expand(3, -1) if self.places is None else self.places
+
+    @property
+    def end(self) -> int:
+        """The position after the prompt, where each response starts."""
+        return len(self.example.prompt_ids) if self.places is None else int(self.places.max()) + 1
+
+
+def _pixels(prompts: Sequence[_Prompt], times: Sequence[int]) -> tuple[Pixels, ...]:
+    """What the model takes of each prompt, so many times; nothing where no prompt has images."""
+    if not any(prompt.pixels for prompt in prompts):
+        return ()
+    return tuple(prompt.pixels for prompt, number in zip(prompts, times, strict=True) for _ in range(number))
+
+
+def _place_shared(prompts: Sequence[_Prompt]) -> dict[str, Any]:
     tokens: list[int] = []
-    positions: list[int] = []
+    positions: list[Tensor] = []
     source: list[int] = []
     segments = []
-    for example in examples:
+    for prompt in prompts:
+        example = prompt.example
         start, length = len(tokens), len(example.prompt_ids)
         end = start + length
         tokens += example.prompt_ids
-        positions += range(length)
+        positions.append(prompt.positions())
         responses = []
         for ids in example.response_ids:
             first = len(tokens)
             tokens += ids
-            positions += range(length, length + len(ids))
+            positions.append(torch.arange(prompt.end, prompt.end + len(ids)).expand(3, -1))
             source += [end - 1, *range(first, first + len(ids) - 1)]
             responses.append((first, len(tokens)))
         segments.append((start, end, tuple(responses)))
     return {
         "input_ids": torch.tensor([tokens]),
-        "position_ids": torch.tensor([positions]),
+        "position_ids": _plain(torch.cat(positions, 1)[:, None], prompts),
         "segments": tuple(segments),
         "attention_mask": None,
         "source": torch.tensor(source),
+        "pixels": _pixels(prompts, [1] * len(prompts)),
     }
 
 
-def _place_repeat(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-    rows = [(example.prompt_ids, ids) for example in examples for ids in example.response_ids]
+def _plain(positions: Tensor, prompts: Sequence[_Prompt]) -> Tensor:
+    """Positions (3, B, L) as they are, or (B, L) where no prompt is placed in more than one dimension."""
+    return positions.contiguous() if any(it.places is not None for it in prompts) else positions[0].clone()
+
+
+def _place_repeat(prompts: Sequence[_Prompt]) -> dict[str, Any]:
+    repeated = [(prompt, ids) for prompt in prompts for ids in prompt.example.response_ids]
+    rows = [(prompt.example.prompt_ids, ids) for prompt, ids in repeated]
     length = max(len(prompt) + len(response) for prompt, response in rows)
     source: list[int] = []
     for number, (prompt, response) in enumerate(rows):
@@ -179,14 +240,18 @@ def _place_repeat(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
     # Any token id does for padding: it is masked, and no loss reads it.
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, (prompt, response) in enumerate(rows):
+    positions = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for row, ((prompt, response), (whole, _)) in enumerate(zip(rows, repeated, strict=True)):
         size = len(prompt) + len(response)
         ids[row, :size] = torch.tensor(prompt + response)
         mask[row, :size] = 1
+        positions[:, row, : len(prompt)] = whole.positions()
+        positions[:, row, len(prompt) :] = torch.arange(whole.end, whole.end + length - len(prompt))
     return {
         "input_ids": ids,
-        "position_ids": torch.arange(length).expand(len(rows), -1).contiguous(),
+        "position_ids": _plain(positions, prompts),
         "segments": None,
         "attention_mask": mask,
         "source": torch.tensor(source),
+        "pixels": _pixels(prompts, [len(prompt.example.response_ids) for prompt in prompts]),
     }

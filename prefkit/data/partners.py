@@ -2,7 +2,8 @@
 
 It is drawn once for a run, over all of its rows, and travels with the row as a second response under the same
 prompt. So it depends on neither batches, order, processes nor a resume, and whatever computes or keeps the
-log-probs of a row's responses does so for the partner. Two prompts are the same if their token ids are.
+log-probs of a row's responses does so for the partner. Two prompts are the same if their token ids and images
+are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import overload
 
 import numpy as np
 
-from prefkit.data.encode import TokenizedExample, prompt_key
+from prefkit.data.encode import TokenizedExample
 from prefkit.data.readers import DataError
 from prefkit.data.store import EncodedRows
 from prefkit.data.view import RowView
@@ -109,7 +110,7 @@ def stream_partners(
     other: TokenizedExample | None = None  # the nearest one before `last` that has another prompt
     for which, row in rows:
         labels.add(row.labels[0])
-        if last is not None and row.prompt_ids != last.prompt_ids:
+        if last is not None and row.prompt_key != last.prompt_key:
             other = last
         last = row
         if other is None:
@@ -130,7 +131,7 @@ def _prompts_and_labels(table: Sequence[TokenizedExample]) -> tuple[np.ndarray, 
     """Of each row of a file, a number for its prompt, and its label."""
     if isinstance(table, EncodedRows):
         return table.prompt_keys(), table.first_labels()
-    keys = np.array([prompt_key(row.prompt_ids) for row in table], dtype=np.uint64)
+    keys = np.array([row.prompt_key for row in table], dtype=np.uint64)
     return keys, np.array([row.labels[0] for row in table], dtype=object)
 
 

@@ -59,6 +59,7 @@ def pick_continuing(batch: Batch, numbers: Sequence[int]) -> Batch:
     return {
         **_tokens(batch, tokens),
         "segments": tuple(segments),
+        "pixels": (),
         "source": torch.arange(len(tokens), device=batch["source"].device),
         **_of_targets(batch, numbers, _targets(batch, numbers)),
     }
@@ -67,9 +68,11 @@ def pick_continuing(batch: Batch, numbers: Sequence[int]) -> Batch:
 def _pick_shared(batch: Batch, numbers: Sequence[int], source: Tensor) -> Batch:
     tokens: list[int] = []
     segments = []
-    for start, end, responses in _wanted(batch["segments"], numbers):
+    kept = []
+    for number, (start, end, responses) in enumerate(_wanted(batch["segments"], numbers)):
         if not responses:
             continue
+        kept.append(number)
         here = len(tokens)
         tokens += range(start, end)
         spans = []
@@ -80,7 +83,8 @@ def _pick_shared(batch: Batch, numbers: Sequence[int], source: Tensor) -> Batch:
     picked = _tokens(batch, tokens)
     moved = torch.zeros_like(batch["input_ids"][0])
     moved[torch.tensor(tokens, device=moved.device)] = torch.arange(len(tokens), device=moved.device)
-    return {**picked, "segments": tuple(segments), "source": moved[source]}
+    pixels = tuple(batch["pixels"][number] for number in kept if batch["pixels"])
+    return {**picked, "segments": tuple(segments), "source": moved[source], "pixels": pixels}
 
 
 def _pick_repeat(batch: Batch, numbers: Sequence[int], source: Tensor) -> Batch:
@@ -96,9 +100,10 @@ def _pick_repeat(batch: Batch, numbers: Sequence[int], source: Tensor) -> Batch:
     moved[rows] = torch.arange(len(numbers), device=source.device)
     return {
         **{
-            name: batch[name][rows, :length].contiguous()
+            name: batch[name][..., rows, :length].contiguous()
             for name in ("input_ids", "position_ids", "attention_mask")
         },
+        "pixels": tuple(batch["pixels"][number] for number in numbers if batch["pixels"]),
         "segments": None,
         "source": moved[source // wide] * length + source % wide,
     }
@@ -117,7 +122,7 @@ def _tokens(batch: Batch, places: Sequence[int]) -> Batch:
     """What a shared batch has of the tokens at these places of its row."""
     index = torch.tensor(places, device=batch["input_ids"].device)
     return {
-        **{name: batch[name][:, index] for name in ("input_ids", "position_ids")},
+        **{name: batch[name][..., index] for name in ("input_ids", "position_ids")},
         "attention_mask": None,
     }
 

@@ -19,6 +19,7 @@ from prefkit.data.conversation import write_conversation
 from prefkit.data.encode import TokenizedExample, encode_example
 from prefkit.data.examples import Example
 from prefkit.data.formats import Use, make_example
+from prefkit.data.images import MediaSource
 from prefkit.data.ledger import MAX_REPORTED, Ledger
 from prefkit.data.messages import Degenerate, RowError
 from prefkit.data.mixing import sample_rows
@@ -57,6 +58,8 @@ class Encoder:
             return Rejected(example.source, str(reason))
         except ConversationRefused as refusal:
             return Rejected(example.source, "refused by the chat template", str(refusal))
+        except RowError as error:
+            return Rejected(example.source, error.reason, str(error))
         if self.use != "prompts":
             return found
         # What judges a response may write the conversation in another way.
@@ -93,8 +96,19 @@ class Encoder:
             "num_samples": entry.num_samples,
             "seed": seed if entry.num_samples else None,
             "tool_format": config.tool_format,
+            "images": [str(self.media(entry).folder), list(config.media_hosts)],
             **template_facts(self.template),
         }
+
+    def media(self, entry: DatasetEntry) -> MediaSource:
+        """Where the images of a data set may be: in `media_dir`, else in `dataset_dir` where it holds the
+        data set, else in the folder of its file."""
+        config = self.config
+        folder = Path(config.media_dir or config.dataset_dir).expanduser()
+        if not config.media_dir and entry.files:
+            file = entry.files[0].resolve()
+            folder = folder if file.is_relative_to(folder.resolve()) else file.parent
+        return MediaSource(folder.resolve(), config.media_hosts)
 
 
 def template_facts(template: ChatTemplate) -> dict[str, Any]:
@@ -105,6 +119,7 @@ def template_facts(template: ChatTemplate) -> dict[str, Any]:
     return {
         "chat template": _hash(str(tokenizer.chat_template)),
         "enable_thinking": template.enable_thinking,
+        "vision": template.vision.facts if template.vision is not None else None,
         "tokenizer": _hash(words + repr(sorted(tokenizer.special_tokens_map.items()))),
         "prefkit's own encoding": _code_hash(),
     }
@@ -157,6 +172,7 @@ class RowReader:
     def examples(self, track: Track) -> Iterator[Example]:
         """The examples that are to be encoded."""
         assert self.entry.layout is not None
+        media = self.encoder.media(self.entry)
         num_read = 0
         for number, (source, row) in enumerate(track(self.entry.rows(), f"encode {self.entry.name}")):
             self.ledger.num_rows += 1
@@ -169,7 +185,7 @@ class RowReader:
             try:
                 if isinstance(row, RowError):
                     raise row
-                example = make_example(row, self.entry.layout, self.encoder.use, source)
+                example = make_example(row, self.entry.layout, self.encoder.use, source, media)
             except Degenerate as reason:
                 self.reject(source, str(reason))
                 continue
@@ -213,7 +229,8 @@ class RowReader:
     def _is_repeated(self, example: TokenizedExample) -> bool:
         if self.encoder.config.duplicate_prompts == "keep":
             return False
-        prompt = hashlib.blake2b(repr(example.prompt_ids).encode(), digest_size=12).digest()
+        content = repr((example.prompt_ids, example.digests)).encode()
+        prompt = hashlib.blake2b(content, digest_size=12).digest()
         is_known = prompt in self._prompts
         self._prompts.add(prompt)
         return is_known
@@ -255,6 +272,9 @@ def load_rows(
     if must_fit and not overwrite:
         _check_root(root, folder, entry.name, facts)
     found = None if overwrite else load_folder(folder)
+    if found is not None and (changed := found[0].changed_image()):
+        say(f"Data set {entry.name}: encoded again, since {changed} has changed.")
+        found = None
     if found is not None:
         say(f"Data set {entry.name}: encoded rows read from {folder}.")
         return found

@@ -66,7 +66,8 @@ def _cut_shared(batch: Batch, examples: slice, responses: slice, source: Any) ->
     end = last_responses[-1][1] if last_responses else prompt_end
     return {
         "input_ids": batch["input_ids"][:, first:end],
-        "position_ids": batch["position_ids"][:, first:end],
+        "position_ids": batch["position_ids"][..., first:end],
+        "pixels": batch["pixels"][examples],
         "segments": tuple(
             (start - first, stop - first, tuple((a - first, b - first) for a, b in inner))
             for start, stop, inner in segments
@@ -83,7 +84,8 @@ def _cut_repeat(batch: Batch, examples: slice, responses: slice, source: Any) ->
     length = int(mask.sum(1).max())
     return {
         "input_ids": batch["input_ids"][responses, :length].contiguous(),
-        "position_ids": batch["position_ids"][responses, :length].contiguous(),
+        "position_ids": batch["position_ids"][..., responses, :length].contiguous(),
+        "pixels": batch["pixels"][responses],
         "segments": None,
         "attention_mask": mask[:, :length].contiguous(),
         "source": (source // wide - responses.start) * length + source % wide,

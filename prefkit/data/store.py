@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefkit.data.encode import TokenizedExample, prompt_key
-from prefkit.data.examples import Pair
+from prefkit.data.examples import Pair, StoredImage
 from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
 
@@ -32,6 +32,15 @@ ROWS, LEDGER, FACTS = "rows.arrow", "ledger.json", "facts.json"
 _BATCH = 64  # rows that are read from disk together
 _PAIR = pa.struct(
     {"chosen": pa.int32(), "rejected": pa.int32(), "margin": pa.float64(), "weight": pa.float64()}
+)
+_IMAGE = pa.struct(
+    {
+        "path": pa.string(),
+        "content": pa.binary(),
+        "digest": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+    }
 )
 _SCHEMA = pa.schema(
     {
@@ -43,6 +52,7 @@ _SCHEMA = pa.schema(
         "labels": pa.list_(pa.string()),
         "question": pa.string(),
         "conversation": pa.string(),
+        "images": pa.list_(_IMAGE),
         "times": pa.int32(),
     }
 )
@@ -88,6 +98,7 @@ class EncodedRows(Sequence[TokenizedExample]):
         row = self._cached[1].slice(place, 1).to_pylist()[0]
         row["pairs"] = tuple(Pair(**pair) for pair in row["pairs"])
         row["labels"] = tuple(row["labels"])
+        row["images"] = tuple(StoredImage(**image) for image in row["images"])
         del row["times"]
         return TokenizedExample(**row)
 
@@ -99,11 +110,32 @@ class EncodedRows(Sequence[TokenizedExample]):
         """The `prompt_key` of each row, (rows,)."""
 
         def keys(batch: Any) -> Any:
-            prompts = batch.column("prompt_ids")
+            prompts, images = batch.column("prompt_ids"), batch.column("images")
             ids, ends = prompts.values.to_numpy(), prompts.offsets.to_numpy()
-            return pa.array([prompt_key(ids[a:b].tolist()) for a, b in pairwise(ends)], pa.uint64())
+            digests, stops = images.values.field("digest").to_pylist(), images.offsets.to_numpy()
+            spans = zip(pairwise(ends), pairwise(stops), strict=True)
+            return pa.array(
+                [prompt_key(ids[a:b].tolist(), digests[c:d]) for (a, b), (c, d) in spans], pa.uint64()
+            )
 
         return self._column(keys)
+
+    def num_images(self) -> np.ndarray:
+        """The number of images of each row, (rows,)."""
+        return self._column(lambda batch: batch.column("images").value_lengths())
+
+    def changed_image(self) -> str | None:
+        """The path of an image that is gone or was written after the rows were; None where there is none."""
+        kept_at = self.file.stat().st_mtime_ns
+        for number in range(self._reader.num_record_batches):
+            images = self._reader.get_batch(number).column("images")
+            for path in dict.fromkeys(images.values.field("path").to_pylist()):
+                try:
+                    if path and Path(path).stat().st_mtime_ns > kept_at:
+                        return str(path)
+                except OSError:
+                    return str(path)
+        return None
 
     def first_labels(self) -> np.ndarray:
         """The label of the first response of each row, (rows,); every row has one."""
@@ -144,8 +176,8 @@ class RowWriter:
 
     def append(self, example: TokenizedExample, times: int = 1) -> None:
         """Add a row, which is used so many times in an epoch."""
-        pairs = [asdict(pair) for pair in example.pairs]
-        self._rows.append({**vars(example), "pairs": pairs, "times": times})
+        pairs, images = ([asdict(it) for it in many] for many in (example.pairs, example.images))
+        self._rows.append({**vars(example), "pairs": pairs, "images": images, "times": times})
         self.num_rows += 1
         if len(self._rows) == _BATCH:
             self._write()

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from prefkit.config.schema import DataConfig
-from prefkit.data.examples import Message
+from prefkit.data.examples import Example, Message
 from prefkit.data.families import FAMILIES, Family, TemplateError, read_family, read_source
-from prefkit.data.formats import Degenerate
+from prefkit.data.messages import PLACEHOLDER, Degenerate, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from prefkit.data.vision import Vision
 
 # Unicode noncharacters, which no text may contain: where encoding starts anew, and inside a special
 # token that the user typed, so that it stays plain text.
@@ -34,15 +37,18 @@ _BORDER, _GUARD = "\ufdd0", "\ufdd1"
 _STEERS = re.compile(
     r"<[|｜].+[|｜]>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tools?|tool_\w+|arg_\w+|(?:start|end)_of_\w+)>"
 )
-_MEDIA = re.compile("<image>|<video>|<audio>")
+_UNREAD_MEDIA = re.compile("<video>|<audio>")
 
 
 class ConversationRefused(TemplateError):
     """The template cannot write this conversation: a system turn, tools or several calls, say."""
 
 
-def make_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatTemplate:
-    """The template that the config names, put into the tokenizer. Raises `TemplateError`."""
+def make_template(
+    tokenizer: PreTrainedTokenizerBase, config: DataConfig, vision: Vision | None = None
+) -> ChatTemplate:
+    """The template that the config names, put into the tokenizer; `vision` is how the model sees, if it
+    does. Raises `TemplateError`."""
     template = ChatTemplate(
         tokenizer,
         config.template,
@@ -50,6 +56,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Cha
         tool_format=config.tool_format,
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
+        vision=vision,
     )
     template.install()
     return template
@@ -69,7 +76,8 @@ class ChatTemplate:
     think (a response without a thought gets an empty, scored one), false puts the empty thought into the
     prompt, null does so unless a response has a thought of its own. `default_system` stands in where a
     conversation has no system turn; an empty one takes away that of a named template. `tool_format` is
-    how a named template describes and calls functions, None for its own way.
+    how a named template describes and calls functions, None for its own way. With `vision`, each `<image>` of
+    a prompt stands for an image; without, it is a text.
 
     Raises `TemplateError` when the name is unknown, its control tokens are not tokens of the model, or
     there is no template at all.
@@ -84,8 +92,10 @@ class ChatTemplate:
         tool_format: str | None = None,
         enable_thinking: bool | None = True,
         preserve_thinking: bool = False,
+        vision: Vision | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.vision = vision
         self.default_system = default_system
         self.enable_thinking = enable_thinking
         self.preserve_thinking = preserve_thinking
@@ -177,14 +187,58 @@ class ChatTemplate:
             )
         return "".join(line for line in lines if line not in self._source)
 
+    def image_texts(self, example: Example) -> list[str]:
+        """What is written for each image of a prompt.
+
+        Raises `RowError` where a row has images and the model does not see, or where there is not one for
+        each `<image>`; `TemplateError` where the template cannot write any.
+        """
+        if self.vision is None:
+            if example.images:
+                raise RowError(
+                    f"it has images, and {self.tokenizer.name_or_path} does not see",
+                    "images for a blind model",
+                )
+            return []
+        if any(PLACEHOLDER in response.content for response in example.responses):
+            raise RowError(f"a response has {PLACEHOLDER}: images stand in the prompt", "image in a response")
+        number = sum(message.content.count(PLACEHOLDER) for message in example.prompt)
+        if number != len(example.images):
+            raise RowError(
+                f"{PLACEHOLDER} stands {number} times in the prompt, for {len(example.images)} images",
+                "wrong number of images",
+            )
+        if not number:
+            return []
+        if self.family and self.vision.written not in self.family.image:
+            raise TemplateError(self._blind_template())
+        return self.vision.read(example.images)[1]
+
+    def _blind_template(self) -> str:
+        assert self.vision is not None
+        able = [name for name, family in FAMILIES.items() if self.vision.written in family.image]
+        which = f"Those that do are {', '.join(able)}. " if able else ""
+        return (
+            f"template: {self.name} does not write the images of {self.tokenizer.name_or_path}. {which}"
+            "Without the key, the model's own chat template is used."
+        )
+
+    def count_places(self, ids: Sequence[int]) -> int:
+        """How many tokens take the features of images."""
+        return list(ids).count(self.vision.token_id) if self.vision is not None else 0
+
     def encode(
-        self, prompt: Sequence[Message], responses: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        prompt: Sequence[Message],
+        responses: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        images: Sequence[str] = (),
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt, up to where the assistant speaks, and of each response.
 
-        `tools` are JSON schemas of functions, bare or as `{"type": "function", "function": schema}`.
-        Raises `ConversationRefused`, and `Degenerate` when the text contains Unicode noncharacters that
-        mark borders here.
+        `tools` are JSON schemas of functions, bare or as `{"type": "function", "function": schema}`; `images`
+        are what `image_texts` gives for those of the prompt. Raises `ConversationRefused`, and `Degenerate`
+        when the text contains Unicode noncharacters that mark borders here.
         """
         thinks = self.enable_thinking
         if thinks is None:
@@ -208,7 +262,19 @@ class ChatTemplate:
             _check_written(opened, messages, functions or [])
             for text, answer in zip(full, answers, strict=True):
                 _check_written(text[start:], [answer], [])
-        return self._ids(opened[:start]), [self._ids(text[start:]) for text in full]
+        asked = self._with_images(opened[:start], images)
+        return self._ids(asked), [self._ids(text[start:]) for text in full]
+
+    def _with_images(self, text: str, images: Sequence[str]) -> str:
+        """The text with what is written for each image in its place."""
+        if self.vision is None or not images:
+            return text
+        pieces = text.split(self.vision.written)
+        if len(pieces) - 1 != len(images):
+            raise ConversationRefused(
+                f"The chat template writes {len(pieces) - 1} images, and the prompt has {len(images)}."
+            )
+        return "".join(piece for pair in zip(pieces, [*images, ""], strict=True) for piece in pair)
 
     def _conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages for jinja, control tokens in their text made harmless.
@@ -235,13 +301,23 @@ class ChatTemplate:
             conversation.append(entry)
         return conversation
 
-    def _content(self, message: Message) -> str:
-        """The text of a message, guarded but for the marks around an assistant's own thought."""
-        if self.family and self.family.media and (placeholder := _MEDIA.search(message.content)):
+    def _content(self, message: Message) -> str | list[dict[str, str]]:
+        """The text of a message, guarded but for the marks around an assistant's own thought; for the own
+        template of a model that sees as a list of parts."""
+        if self.family and self.family.image and (placeholder := _UNREAD_MEDIA.search(message.content)):
             raise ConversationRefused(
                 f"In template {self.name}, {placeholder[0]} stands for a file, which this version "
                 "cannot read."
             )
+        if self.vision is None:
+            return self._text(message)
+        texts = [self._text(replace(message, content=text)) for text in message.content.split(PLACEHOLDER)]
+        if self.family:
+            return self.family.image.join(texts) if self.family.image else PLACEHOLDER.join(texts)
+        parts = [it for text in texts for it in ({"type": "image"}, {"type": "text", "text": text})][1:]
+        return [part for part in parts if part.get("text") != ""] or parts
+
+    def _text(self, message: Message) -> str:
         if message.role != "assistant" or not has_thought(message.content):
             return str(self._guarded(message.content))
         thought, _, answer = message.content.partition("</think>")
@@ -362,12 +438,23 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str, family: Family)
         )
 
 
+def _texts(content: str | list[dict[str, str]]) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part["type"] == "text"]
+
+
 def _check_written(text: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
     """Refuse a model's own template that leaves out what the conversation has."""
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     # A description and each call has the function's name once at least.
     names = Counter(entry["function"].get("name", "") for entry in (*tools, *calls))
-    told = [message["content"].strip() for message in messages if message["role"] in ("system", "tool")]
+    told = [
+        part.strip()
+        for message in messages
+        if message["role"] in ("system", "tool")
+        for part in _texts(message["content"])
+    ]
     for what, is_absent in {
         "functions or calls of them": any(text.count(name) < number for name, number in names.items()),
         "the system message or what a function returned": any(

@@ -9,6 +9,7 @@ from typing import overload
 import numpy as np
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.store import EncodedRows
 
 WHOLE = -1  # in the place of a pair: the example with all its pairs
 
@@ -23,6 +24,16 @@ class RowView(Sequence[TokenizedExample]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether one of the files has a row with images."""
+        return any(
+            bool(table.num_images().any())
+            if isinstance(table, EncodedRows)
+            else any(row.images for row in table)
+            for table in self.tables
+        )
 
     def of_table(self, table: int) -> RowView:
         """The rows that come from one of the files."""

@@ -19,6 +19,7 @@ from prefkit.config.schema import ModelConfig, TuningConfig
 from prefkit.model.errors import ModelError
 from prefkit.model.load import num_rows
 from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model, set_value_head
+from prefkit.model.vision import is_frozen
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -42,7 +43,10 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    targets = sorted(linear_names(model)) if config.lora_target == ("all",) else list(config.lora_target)
+    frozen = [name for name, _ in model.named_modules() if is_frozen(name, model.config, config)]
+    targets = (
+        sorted(linear_names(model, frozen)) if config.lora_target == ("all",) else list(config.lora_target)
+    )
     modules = {name for full, _ in model.named_modules() for name in (full, full.rsplit(".", 1)[-1])}
     absent = [name for name in (*targets, *config.additional_target) if name not in modules]
     if absent:
@@ -58,6 +62,7 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=_excluded(frozen, targets),
         modules_to_save=in_full or None,
         ensure_weight_tying=bool(in_full) and model.config.get_text_config().tie_word_embeddings,
         use_rslora=config.use_rslora,
@@ -70,6 +75,11 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     if config.pissa_init:
         freeze_initial(adapted)  # what was taken out of the base, for reference and saving
     return adapted
+
+
+def _excluded(frozen: Sequence[str], targets: Sequence[str]) -> list[str] | None:
+    """Those of the frozen modules that the targets of an adapter would name as well."""
+    return [name for name in frozen if name in targets or name.rsplit(".", 1)[-1] in targets] or None
 
 
 def _initialisation(config: TuningConfig) -> bool | str:
@@ -415,18 +425,23 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def linear_names(model: PreTrainedModel) -> set[str]:
-    """Last part of the name of each linear layer, heads left out.
+def linear_names(model: PreTrainedModel, frozen: Sequence[str] = ()) -> set[str]:
+    """Last part of the name of each linear layer, heads and those that are `frozen` left out.
 
     Left out is also what peft cannot adapt: projections of a Mamba layer whose weights its kernels read past
     their forward; routers; and, beside experts that are one tensor, the dense layers of the same name, which
     peft takes for those. What is left out is logged.
     """
     head = model.get_output_embeddings()
+    kept = set(frozen)
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name != HEAD and _is_plain(module)
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and name != HEAD
+        and name not in kept
+        and _is_plain(module)
     }
     refused = set()
     if any(hasattr(module, "A_log") and hasattr(module, "D") for module in model.modules()):

@@ -18,6 +18,7 @@ _PLAIN_HEADS = {
     *("llama", "llama4_text", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "gemma"),
     *("gemma3", "phi3", "glm", "glm4", "deepseek_v3", "gpt_oss", "smollm3", "olmo2", "olmo3", "starcoder2"),
     *("ernie4_5", "jamba", "bamba", "nemotron_h", "lfm2"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "idefics3", "smolvlm"),
 }
 _SOFTCAPPED_HEADS = {"gemma2": "final_logit_softcapping", "gemma3_text": "final_logit_softcapping"}
 _MULTIPLIED_HEADS = {"cohere": "logit_scale", "cohere2": "logit_scale", "falcon_h1": "lm_head_multiplier"}
@@ -29,7 +30,12 @@ _SHARING = {
     *("llama", "llama4_text", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"),
     *("gemma3", "gemma3_text", "phi3", "glm", "glm4", "deepseek_v3", "smollm3", "olmo2", "olmo3", "cohere"),
     *("cohere2", "granite", "starcoder2", "ernie4_5"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "idefics3", "smolvlm"),
 }
+# Models that see whose language model may be one of several.
+_ANY_LANGUAGE_MODEL = {"llava_onevision", "idefics3", "smolvlm"}
+# Models in which the tokens of an image attend to each other in both directions.
+_IMAGES_BOTH_WAYS = {"gemma3"}
 _RECURRENT = {"jamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "qwen3_next", "lfm2"}
 # Models that give `sliding_window` to every layer, whatever `layer_types` says.
 _WINDOW_IN_EVERY_LAYER = {"mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe"}
@@ -41,15 +47,17 @@ class Architecture:
     forward makes them, which holds logits of the whole vocabulary for every position.
 
     `sharing_obstacle` says why a prompt can never be shared by its responses. `window` is the length up to
-    which every token of a sequence sees all before it, None without limit.
+    which every token of a sequence sees all before it, None without limit. `images_both_ways` says that the
+    tokens of an image also see those after them.
     """
 
     name: str
     logits: LogitTransform | None
     sharing_obstacle: str | None
     window: int | None = None
+    images_both_ways: bool = False
 
-    def find_obstacle(self, cutoff_len: int) -> str | None:
+    def find_obstacle(self, cutoff_len: int, has_images: bool = False) -> str | None:
         """Why sequences of `cutoff_len` tokens cannot share a prompt; None means that they can.
 
         A row of the shared layout may be longer than the window. What counts is the longest sequence, a
@@ -63,14 +71,16 @@ class Architecture:
                 f"its attention looks back through a window of {self.window} tokens, "
                 f"and cutoff_len is {cutoff_len}"
             )
+        if self.sharing_obstacle is None and self.images_both_ways and has_images:
+            return "the tokens of an image attend to each other in both directions"
         return self.sharing_obstacle
 
-    def choose_layout(self, wanted: str, cutoff_len: int) -> Layout:
+    def choose_layout(self, wanted: str, cutoff_len: int, has_images: bool = False) -> Layout:
         """`shared` where sequences of `cutoff_len` tokens can, unless `repeat` is wanted.
 
         Raises `UserError` when `shared` is asked for by name and cannot be had.
         """
-        obstacle = self.find_obstacle(cutoff_len)
+        obstacle = self.find_obstacle(cutoff_len, has_images)
         if wanted == "shared" and obstacle:
             raise UserError(f"batch_layout: shared is not possible: {obstacle}")
         return "repeat" if wanted == "repeat" or obstacle else "shared"
@@ -84,6 +94,7 @@ def read_architecture(config: PretrainedConfig) -> Architecture:
         _read_logits(config.model_type, text),
         _find_obstacle(config.model_type, text),
         _read_window(config.model_type, text),
+        config.model_type in _IMAGES_BOTH_WAYS,
     )
 
 
@@ -104,7 +115,7 @@ def _find_obstacle(name: str, config: PretrainedConfig) -> str | None:
         return "its recurrent or convolution layers read the row as one sequence"
     if name == "gpt_oss":
         return "its attention has sinks"
-    if name not in _SHARING:
+    if name not in _SHARING or (name in _ANY_LANGUAGE_MODEL and config.model_type not in _SHARING):
         return f"sharing is not known to be exact for the architecture {name!r}"
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return "its attention is not causal"

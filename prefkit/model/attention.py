@@ -360,24 +360,35 @@ def use_shared_prompts(model: PreTrainedModel, flash_attn: str = "auto") -> None
     name, kernel = _KERNELS[flash_attn]
     AttentionInterface.register(name, partial(shared_prompt_attention, kernel=kernel))
     AttentionMaskInterface.register(name, no_mask)
-    before = model.config._attn_implementation
+    before = implementation_of(model)
     if not before.startswith(NAME):
         setattr(model, _PLAIN, before)
-    model.set_attn_implementation(name)
+    set_implementation(model, name)
+
+
+def implementation_of(model: PreTrainedModel) -> str:
+    """The attention of the model, or of the language model in one that sees."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def set_implementation(model: PreTrainedModel, name: str) -> None:
+    """What reads the images keeps its own."""
+    sees = model.config.get_text_config() is not model.config
+    model.set_attn_implementation({"text_config": name} if sees else name)
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model computes attention by `segments`."""
-    return bool(model.config._attn_implementation.startswith(NAME))
+    return implementation_of(model).startswith(NAME)
 
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """The attention that the model had of its own within the block, for generation."""
-    before = model.config._attn_implementation
+    before = implementation_of(model)
     if before.startswith(NAME):
-        model.set_attn_implementation(getattr(model, _PLAIN))
+        set_implementation(model, getattr(model, _PLAIN))
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_implementation(model, before)

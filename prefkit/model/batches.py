@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def prepare_for_batches(base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say) -> Layout:
-    """Make a model take packed batches; the layout that they have.
+def prepare_for_batches(
+    base: PreTrainedModel, config: ModelConfig, cutoff_len: int, say: Say, has_images: bool = False
+) -> Layout:
+    """Make a model take packed batches, of which some may have images; the layout that they have.
 
     Raises `UserError` where it cannot as the config wants it.
     """
     architecture = read_architecture(base.config)
-    layout = architecture.choose_layout(config.batch_layout, cutoff_len)
+    layout = architecture.choose_layout(config.batch_layout, cutoff_len, has_images)
     if layout == "shared":
         use_shared_prompts(base, config.flash_attn)
-    why = architecture.find_obstacle(cutoff_len) or "as batch_layout says"
+    why = architecture.find_obstacle(cutoff_len, has_images) or "as batch_layout says"
     told = "a prompt is computed once for its responses" if layout == "shared" else f"not shared: {why}"
     say(f"Batches: {layout} layout ({told}).")
     if is_reward_model(base):

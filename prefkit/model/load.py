@@ -47,21 +47,29 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def load_causal_lm(config: ModelConfig, max_length: int = 0) -> PreTrainedModel:
-    """The model, in the dtype of its checkpoint unless `dtype` says otherwise, its own dropout off.
+    """The model, which may see, in the dtype of its checkpoint unless `dtype` says otherwise, its own dropout
+    off.
 
     Log-ratios of policy and reference are to differ by training alone, so nothing in the base model may
     be random. `max_length` is what `rope_scaling` stretches the model to.
     Raises `ModelError` when it is not there, has only pickled weights, or cannot be run as asked.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model, _ = load_pretrained(AutoModelForCausalLM, config, max_length)
+    sees = is_seeing(load_model_config(config))
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model, _ = load_pretrained(kind, config, max_length)
     if is_classifier(model.config):
         raise ModelError(
             f"{config.model_name_or_path} is a reward model, which gives scores and writes no text: name a "
             "language model, or write stage: rm to train it on"
         )
     return model
+
+
+def is_seeing(model_config: Any) -> bool:
+    """Whether a config.json describes a model that reads images beside text."""
+    return getattr(model_config, "vision_config", None) is not None
 
 
 def is_classifier(model_config: Any) -> bool:
@@ -203,26 +211,35 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _from_pretrained(auto_class: Any, config: ModelConfig, /, **kwargs: Any) -> Any:
+def model_source(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers' `from_pretrained` takes for the model: a folder or id, and where and how to look.
+
+    Raises `ModelError` for a folder without a model.
+    """
     path = config.model_name_or_path
     folder = Path(path).expanduser()
     looks_local = _looks_local(path)
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ModelError(f"model_name_or_path: the folder {path} {what}.")
+    options = {
+        "revision": config.model_revision,
+        "cache_dir": config.cache_dir,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    return folder if looks_local else path, options
+
+
+def _from_pretrained(auto_class: Any, config: ModelConfig, /, **kwargs: Any) -> Any:
+    path = config.model_name_or_path
+    source, options = model_source(config)
     try:
-        return auto_class.from_pretrained(
-            folder if looks_local else path,
-            revision=config.model_revision,
-            cache_dir=config.cache_dir,
-            trust_remote_code=config.trust_remote_code,
-            **kwargs,
-        )
+        return auto_class.from_pretrained(source, **options, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         if "attn_implementation" in kwargs and "attention" in reason.lower():
             raise ModelError(f"flash_attn: {config.flash_attn} is not for this model: {reason}") from error
-        where = "" if looks_local else " (not a folder here, so looked for on the Hugging Face hub)"
+        where = "" if isinstance(source, Path) else " (no folder here, so looked for on the Hugging Face hub)"
         raise ModelError(f"model_name_or_path: cannot read {path}{where}: {reason}") from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MethodType
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefkit.config.errors import UserError
+from prefkit.data.vision import Pixels
 from prefkit.model.architecture import Architecture
 from prefkit.model.attention import Visit
 from prefkit.model.value import values_at
+from prefkit.model.vision import image_inputs
 from prefkit.objectives.head import (
     LogitTransform,
     chunk_size,
@@ -33,7 +35,7 @@ from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
 LogpsOf = Callable[[nn.Module, dict[str, Any]], ResponseLogps]  # (model, packed batch) -> its log-probs
 # What the model's forward takes of a packed batch.
-_FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "source", "target")
+_FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "pixels", "source", "target")
 
 
 def attach_logps_forward(
@@ -91,11 +93,12 @@ def _chunked_forward(
     target: Tensor | None = None,
     balance: Callable[..., Tensor] | None = None,
     entropies: bool = False,
+    pixels: Sequence[Pixels] = (),
     **kwargs: Any,
 ) -> Any:
     if source is None:
         return type(self).forward(self, *args, **kwargs)
-    kwargs = _without_none(kwargs)
+    kwargs = _without_none(kwargs) | image_inputs(self.config, pixels, kwargs["input_ids"])
     if not (self.training and torch.is_grad_enabled()):
         balance = None
     routers = {} if balance is None else {"output_router_logits": True}
@@ -150,6 +153,7 @@ def _own_forward(
     source: Tensor | None = None,
     target: Tensor | None = None,
     router_loss: bool = False,
+    pixels: Sequence[Pixels] = (),
     **kwargs: Any,
 ) -> Any:
     """For a head that is not known: the model's own logits, of every position."""
@@ -157,7 +161,8 @@ def _own_forward(
         return type(self).forward(self, *args, **kwargs)
     balanced = router_loss and self.training and torch.is_grad_enabled()
     routers = {"output_router_logits": True} if balanced else {}
-    output = type(self).forward(self, *args, use_cache=False, **_without_none(kwargs), **routers)
+    kwargs = _without_none(kwargs) | image_inputs(self.config, pixels, kwargs["input_ids"])
+    output = type(self).forward(self, *args, use_cache=False, **kwargs, **routers)
     logits = output.logits.flatten(0, 1)[source].float()
     found = {"token_logps": logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)}
     if balanced:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout, pack
+from prefkit.data.packing import Packer
 from prefkit.files import naming
 from prefkit.model.errors import ModelError
 from prefkit.model.reference import Reference
@@ -176,7 +176,7 @@ def fill(
     store: LogpsStore,
     examples: Sequence[TokenizedExample],
     compute: Callable[[dict[str, Any]], ResponseLogps],
-    layout: Layout,
+    packer: Packer,
     max_tokens: int,
     track: Track,
 ) -> None:
@@ -184,7 +184,7 @@ def fill(
     missing = {example.key: example for example in examples if example.key not in store}
     batches = list(_by_tokens(list(missing.values()), max_tokens))
     for number, batch in enumerate(track(batches, "reference log-probs"), start=1):
-        packed = pack(batch, layout).to_dict()
+        packed = packer(batch)
         _put(store, packed, compute(packed))
         if number % _BATCHES_A_FILE == 0:
             store.flush()

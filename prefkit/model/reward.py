@@ -20,6 +20,7 @@ from prefkit.config.schema import ModelConfig
 from prefkit.data.packing import last_positions
 from prefkit.model.errors import ModelError
 from prefkit.model.load import find_model, is_classifier, load_model_config, load_pretrained
+from prefkit.model.vision import image_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ VALUE_HEAD = "value_head.safetensors"
 PICKLED_VALUE_HEAD = "value_head.bin"
 _VALUE_WEIGHT, _VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 # What the model's forward takes of a packed batch.
-_FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments")
+_FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "pixels")
 
 
 def is_reward_model(model: nn.Module) -> bool:
@@ -169,6 +170,7 @@ def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -
     bfloat16 has three digits.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
+    given |= image_inputs(model.config, given.pop("pixels", ()), given["input_ids"])
     output = model.base_model(**given, use_cache=False)
     hidden = output.last_hidden_state.flatten(0, 1)[last]
     head: Any = model.score

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout
+from prefkit.data.packing import Layout, Packer
 from prefkit.model.adapter import (
     HEAD_IN_FILE,
     WEIGHTS,
@@ -98,7 +98,7 @@ def load_reward_adapter(policy: PeftModel, folder: Path, max_length: int, name: 
     proof = _verify(policy, shell, folder, name)
     obstacle = read_architecture(base.config).find_obstacle(max_length)
     layout: Layout = "shared" if shares_prompts(base) and not obstacle else "repeat"
-    return RewardAdapter(policy, RewardModel(shell, layout, bias, proof))
+    return RewardAdapter(policy, RewardModel(shell, Packer(layout), bias, proof))
 
 
 def _verify(policy: PeftModel, shell: PreTrainedModel, folder: Path, name: str) -> float | None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout, pack
+from prefkit.data.packing import Layout, Packer
+from prefkit.data.vision import Vision
 from prefkit.files import replace_text
 from prefkit.model.adapter import base_of, find_adapter, start_from_adapters
 from prefkit.model.attention import plain_attention
@@ -216,13 +218,18 @@ def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model that takes packed batches in `layout`; `offset` is added to what its head gives, `proof`
+    """A reward model that takes the batches of `packer`; `offset` is added to what its head gives, `proof`
     is how far its scores are from those saved with it (`verify_scores`)."""
 
     model: nn.Module
-    layout: Layout
+    packer: Packer
     offset: float
     proof: float | None
+
+    @property
+    def layout(self) -> Layout:
+        """How its batches are laid out."""
+        return self.packer.layout
 
     @property
     def device(self) -> torch.device:
@@ -243,8 +250,8 @@ class RewardModel:
         joined, places = _join_prompts(examples, batch_tokens)
         sizes = [_size(example, self.layout) for example in joined]
         for batch in _batches(sizes, self.layout, batch_tokens):
-            packed = pack([joined[i] for i in batch], self.layout).to_dict()
-            here = {name: it.to(self.device) if isinstance(it, Tensor) else it for name, it in packed.items()}
+            packed = self.packer([joined[i] for i in batch])
+            here = send_to_device(packed, self.device)
             scores = (response_scores(self.model, here).double() + self.offset).tolist()
             for (i, k), score in zip((place for j in batch for place in places[j]), scores, strict=True):
                 if not math.isfinite(score):
@@ -279,13 +286,13 @@ def _join_prompts(
     """
     joined: list[TokenizedExample] = []
     places: list[list[tuple[int, int]]] = []
-    of_prompt: dict[tuple[int, ...], int] = {}
+    of_prompt: dict[Any, int] = {}
     for i, example in enumerate(examples):
-        prompt = tuple(example.prompt_ids)
+        prompt = (tuple(example.prompt_ids), *example.digests)
         j = of_prompt.get(prompt)
         if j is None or joined[j].num_tokens + sum(map(len, example.response_ids)) > most_tokens:
             j = of_prompt[prompt] = len(joined)
-            joined.append(TokenizedExample(example.prompt_ids, [], (), example.source))
+            joined.append(replace(example, response_ids=[], pairs=(), labels=()))
             places.append([])
         joined[j].response_ids.extend(example.response_ids)
         places[j] += [(i, k) for k in range(len(example.response_ids))]
@@ -300,9 +307,13 @@ def _size(example: TokenizedExample, layout: Layout) -> tuple[int, int]:
 
 
 def open_reward_model(
-    config: ModelConfig, cutoff_len: int = 0, device: torch.device | None = None
+    config: ModelConfig,
+    cutoff_len: int = 0,
+    device: torch.device | None = None,
+    vision: Vision | None = None,
 ) -> RewardModel:
-    """Read the reward model that base and adapters are, on `device`, or this machine's accelerator.
+    """Read the reward model that base and adapters are, on `device`, or this machine's accelerator; `vision`
+    is how it sees, if it does.
 
     The bias of LLaMA-Factory's head is its `offset`. Raises `ModelError` when there is no head, and when it
     is not the model that was saved.
@@ -318,5 +329,5 @@ def open_reward_model(
     adapters = config.adapter_name_or_path
     folder = find_adapter(adapters[-1], config) if adapters else find_model(config)
     proof = verify_scores(model, folder, config.trained_last)
-    layout = prepare_for_batches(base_of(model), config, cutoff_len, lambda text: None)
-    return RewardModel(model, layout, _read_offset(folder), proof)
+    layout = prepare_for_batches(base_of(model), config, cutoff_len, lambda text: None, vision is not None)
+    return RewardModel(model, Packer(layout, vision), _read_offset(folder), proof)

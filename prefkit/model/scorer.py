@@ -12,10 +12,10 @@ from prefkit.config.schema import DataConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Message
 from prefkit.data.messages import Degenerate
-from prefkit.data.template import ChatTemplate, ConversationRefused, make_template
-from prefkit.model.load import load_tokenizer
+from prefkit.data.template import ChatTemplate, ConversationRefused
 from prefkit.model.reward_adapter import RewardAdapter
 from prefkit.model.reward_model import RewardModel, open_reward_model, whole_row
+from prefkit.model.vision import load_template
 
 
 class RowTooLong(UserError):
@@ -119,7 +119,10 @@ def fit_row(prompt_ids: Sequence[int], response_ids: Sequence[int], max_length: 
 
 def open_scorer(model: ModelConfig, data: DataConfig) -> Scorer:
     """Read the reward model that base and adapters are. Raises `ModelError` when it is none, or another."""
-    template = make_template(load_tokenizer(model), data)
+    template = load_template(model, data)
     return Scorer(
-        open_reward_model(model, data.cutoff_len), template, Path(model.trained_last).name, data.cutoff_len
+        open_reward_model(model, data.cutoff_len, vision=template.vision),
+        template,
+        Path(model.trained_last).name,
+        data.cutoff_len,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from prefkit.model.architecture import read_architecture
-from prefkit.model.attention import check_honoured, no_mask
+from prefkit.model.attention import check_honoured, implementation_of, no_mask, set_implementation
 from prefkit.model.growing_cache import GrowingLayer
 
 # Architectures whose cache holds something that keys and values are made of.
@@ -102,12 +102,12 @@ class SharedPrompts:
         """What to call the model with within the block, where it attends by this."""
         AttentionInterface.register(NAME, decoding_attention)
         AttentionMaskInterface.register(NAME, no_mask)
-        before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(NAME)
+        before = implementation_of(self._model)
+        set_implementation(self._model, NAME)
         try:
             yield {"shared_prompts": self}
         finally:
-            self._model.set_attn_implementation(before)
+            set_implementation(self._model, before)
 
 
 def decoding_attention(

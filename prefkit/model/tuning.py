@@ -11,6 +11,7 @@ from prefkit.config.schema import ModelConfig, TuningConfig
 from prefkit.model.adapter import add_lora, base_of, start_from_adapters
 from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model
+from prefkit.model.vision import is_frozen
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +44,11 @@ def prepare_for_training(
         vocabulary = _vocabulary_weights(model) if resized else set()
         head = {HEAD_WEIGHT} if is_reward_model(model) else set()
         _train_only(model, freeze_names(model, config) | vocabulary | head)
+    if config.finetuning_type != "lora":
+        for name, weights in model.named_parameters():
+            weights.requires_grad_(weights.requires_grad and not is_frozen(name, model.config, config))
+    if not any(weights.requires_grad for weights in policy.parameters()):
+        raise ModelError("freeze_...: nothing is left that is trained: set one of these keys to false")
     _set_dtypes(policy, config, mixed_precision)
     return policy
 

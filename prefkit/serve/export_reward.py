@@ -16,7 +16,7 @@ from prefkit.data.template import ChatTemplate, make_template
 from prefkit.model.adapter import base_of, save_without_head, without_lora
 from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
-from prefkit.model.load import DTYPES, fit_vocabulary, is_classifier, load_model_config, load_tokenizer
+from prefkit.model.load import DTYPES, fit_vocabulary, is_classifier, load_model_config
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import question_rows
 from prefkit.model.reward import VALUE_HEAD, write_value_head
@@ -29,6 +29,7 @@ from prefkit.model.reward_model import (
     score_distance,
     write_score_probe,
 )
+from prefkit.model.vision import load_template
 from prefkit.runs.use import usage_of
 from prefkit.serve.card import SCORING, SCORING_BY_VALUE_HEAD, make_record, write_facts
 from prefkit.serve.language_head import under_language_head
@@ -117,11 +118,11 @@ def _check_one_adapter(model: ModelConfig, dtype: str) -> None:
 
 def _make_template(config: UseConfig) -> ChatTemplate:
     """The template; where transformers is to read the scores, its tokenizer pads with what no row ends in."""
-    tokenizer = load_tokenizer(config.model)
-    template = make_template(tokenizer, config.data)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
     if config.export.export_value_head is None:
         set_pad_token(tokenizer, template, config.model)
-        template = make_template(tokenizer, config.data)  # it knows a token that may be new
+        template = make_template(tokenizer, config.data, template.vision)  # it knows a token that may be new
     tokenizer.padding_side = "right"
     return template
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import UseConfig
+from prefkit.model.vision import load_template
 
 if TYPE_CHECKING:
     from prefkit.data.template import ChatTemplate
@@ -34,10 +35,9 @@ def load_model(config: UseConfig) -> LoadedModel:
     Raises `UserError` for a reward model, and `ModelError` when something is missing or is not what was
     trained.
     """
-    from prefkit.data.template import make_template
     from prefkit.model.adapter import start_from_adapters
     from prefkit.model.generate import stop_ids
-    from prefkit.model.load import fit_vocabulary, load_causal_lm, load_tokenizer
+    from prefkit.model.load import fit_vocabulary, load_causal_lm
     from prefkit.model.probe import verify
     from prefkit.runs.reward_model import names_reward_model
 
@@ -47,8 +47,8 @@ def load_model(config: UseConfig) -> LoadedModel:
             f"{name} is a reward model, which gives scores and writes no text: `prefkit score {name} "
             f"data.jsonl -o scores.jsonl` scores a file, `prefkit serve {name}` answers requests"
         )
-    tokenizer = load_tokenizer(config.model)
-    template = make_template(tokenizer, config.data)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
     base = load_causal_lm(config.model, config.data.cutoff_len)
     fit_vocabulary(base, tokenizer, config.model)
     base.generation_config.eos_token_id = stop_ids(base, template)

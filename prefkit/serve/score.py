@@ -33,12 +33,12 @@ from prefkit.data.formats import make_example
 from prefkit.data.messages import Degenerate, RowError
 from prefkit.data.rows import Encoder, Rejected, describe_layout
 from prefkit.data.sources import DatasetEntry, find_datasets
-from prefkit.data.template import make_template
 from prefkit.files import DiskError, find_fault, free_bytes, fsync, replace_text, show_bytes
 from prefkit.model.adapter import find_adapter
 from prefkit.model.fingerprint import fingerprint
-from prefkit.model.load import find_model, load_tokenizer
+from prefkit.model.load import find_model
 from prefkit.model.scorer import Scorer
+from prefkit.model.vision import load_template
 from prefkit.runs.report import count_of
 from prefkit.serve.load import load_scorer
 
@@ -62,7 +62,7 @@ def score_file(config: UseConfig, data: str, output: Path, console: Console) -> 
     if entry.layout is None:
         entry = entry.recognised()
         console.print(f"{data}: read as {describe_layout(entry)}.")
-    encoder = Encoder(make_template(load_tokenizer(config.model), config.data), config.data, "scored")
+    encoder = Encoder(load_template(config.model, config.data), config.data, "scored")
     facts = {"models": _fingerprints(config.model), **_of_rows(encoder, entry)}
     total = sum(1 for _ in entry.rows())
     try:
@@ -160,7 +160,7 @@ def _encode(source: str, row: Any, encoder: Encoder, entry: DatasetEntry) -> Tok
     if isinstance(row, RowError):
         return str(row)
     try:
-        found = encoder.encode(make_example(row, entry.layout, "scored", source))
+        found = encoder.encode(make_example(row, entry.layout, "scored", source, encoder.media(entry)))
     except (RowError, Degenerate) as error:
         return str(error)
     if isinstance(found, Rejected):

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import gather_object
 
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import pack
 from prefkit.files import naming, replace_text
 from prefkit.train.answering import Answerer
 
@@ -59,7 +58,7 @@ def _answer(
 ) -> Iterator[JudgedAnswer]:
     drawn = answerer.draw_greedy(trainer, rows)
     scores = answerer.score(trainer, drawn)
-    batch = pack(drawn.rows, answerer.policy.layout).to_dict()
+    batch = answerer.policy.packer(drawn.rows)
     kls = answerer.measure(trainer, batch).kls.tolist()
     for row, (score,), kl, (end,) in zip(drawn.rows, scores, kls, drawn.ended, strict=True):
         ids = row.response_ids[0]

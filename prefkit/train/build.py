@@ -67,7 +67,7 @@ def build_trainer(
         args,
         stage,
         config.tuning,
-        policy.layout,
+        policy.packer,
         data,
         template.tokenizer,
         Pieces(config, args, reference, console.print),

@@ -13,12 +13,13 @@ from prefkit.config.schema import RunConfig, UseConfig
 from prefkit.config.uses import SCORING
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Message
-from prefkit.data.template import ChatTemplate, make_template
+from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import find_adapter
 from prefkit.model.errors import ModelError
-from prefkit.model.load import load_model_config, load_tokenizer
+from prefkit.model.load import load_model_config
 from prefkit.model.reward_adapter import load_reward_adapter
 from prefkit.model.scorer import Scorer, fit_row, open_scorer
+from prefkit.model.vision import load_template
 from prefkit.runs.reward_model import recorded_stage
 from prefkit.runs.use import read_use_config, recorded_usage
 from prefkit.train.answered import Answered, JudgeFailed
@@ -90,7 +91,7 @@ def open_adapter_judge(config: RunConfig, policy: nn.Module, template: ChatTempl
     adapted: PeftModel = policy  # type: ignore[assignment]
     folder = find_adapter(use.model.trained_last, use.model)
     adapter = load_reward_adapter(adapted, folder, use.data.cutoff_len, name)
-    own = make_template(load_tokenizer(use.model), use.data)
+    own = load_template(use.model, use.data)
     judge = ModelJudge(name, Scorer(adapter, own, name, use.data.cutoff_len), template)
     _tell(judge, "an adapter upon the policy's weights", say)
     if adapter.proof is None:

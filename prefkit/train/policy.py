@@ -11,7 +11,8 @@ import torch
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
-from prefkit.data.packing import Layout
+from prefkit.data.packing import Layout, Packer
+from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
 from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
@@ -38,14 +39,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that is trained, ready for packed batches in `layout`.
+    """The model that is trained, ready for the batches of `packer`, some of which may have images.
 
     `compute_dtype` is the number format of its forward.
     """
 
     model: PreTrainedModel | PeftModel
-    layout: Layout
+    packer: Packer
     compute_dtype: torch.dtype
+    has_images: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How its batches are laid out."""
+        return self.packer.layout
 
     @property
     def base(self) -> PreTrainedModel:
@@ -54,12 +61,14 @@ class Policy:
 
 
 def build_policy(
-    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, say: Say
+    config: RunConfig, args: TrainingArguments, template: ChatTemplate, say: Say, has_images: bool = False
 ) -> Policy:
-    """Load and prepare the policy, which in the stage `rm` is a reward model.
+    """Load and prepare the policy, which in the stage `rm` is a reward model; `has_images` says whether rows
+    may have any.
 
     Raises `ModelError` for what the model cannot do.
     """
+    tokenizer = template.tokenizer
     base = _load_base(config, args, tokenizer)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
@@ -74,8 +83,8 @@ def build_policy(
         model.requires_grad_(False)
     if config.method.stage == "ppo":
         _add_value_head(model, config, say)
-    layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say)
-    policy = Policy(model, layout, _compute_dtype(model, args))
+    layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say, has_images)
+    policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
     _tell_weights(policy, say)
     return policy
 

@@ -128,7 +128,9 @@ class ReferenceBuilder:
         fit_vocabulary(model, self.tokenizer, model_config)
         model = merge_adapters(model, own.ref_model_adapters, model_config)
         try:
-            prepare_for_batches(model, model_config, config.longest_row, lambda text: None)
+            prepare_for_batches(
+                model, model_config, config.longest_row, lambda text: None, self.policy.has_images
+            )
         except UserError as error:
             raise UserError(f"ref_model: {error}; write batch_layout: repeat") from error
         return FrozenModel(model.to(self.args.device), self._model_name(), False, self._autocast)  # type: ignore[arg-type]
@@ -172,7 +174,7 @@ class ReferenceBuilder:
         if any(example.key not in store for example in examples):
             compute = partial(self._logps_of, self._load_model()) if needs_model else self._initial_logps
             budget = self.args.per_device_train_batch_size * self.config.data.cutoff_len
-            fill(store, examples[rank::size], compute, self.policy.layout, budget, self.track)
+            fill(store, examples[rank::size], compute, self.policy.packer, budget, self.track)
         PartialState().wait_for_everyone()
         store.refresh()
         described = f"{name}, from the cache (no second model in memory)"
@@ -207,6 +209,7 @@ class ReferenceBuilder:
             "ref_model_quantization_bit": ref.ref_model_quantization_bit,
             "compute_dtype": str(self.policy.compute_dtype),
             "layout": self.policy.layout,
+            "vision": self.policy.packer.vision and self.policy.packer.vision.facts,
             "device": self.args.device.type,
         }
         if config.model.rope_scaling:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import DRAWN, pack
+from prefkit.data.packing import DRAWN
 from prefkit.data.turns import Turns
 from prefkit.model.rollout import Stream
 from prefkit.objectives.ppo import AdaptiveKL, Moments, explained_variance, measure, whiten
@@ -189,13 +189,12 @@ class RolloutSource:
     def _pack(self, drawn: Drawn, answers: Sequence[TokenizedExample]) -> list[MicroBatch]:
         """Packed batches of drawn rows of like length, each with as many answers where there are any."""
         rows, size = drawn.rows, self.args.per_device_train_batch_size
-        layout = self.answerer.policy.layout
         order = sorted(range(len(rows)), key=lambda i: (-rows[i].num_tokens, i))
         batches = []
         for start in range(0, len(order), size):
             places = order[start : start + size]
             own = [rows[i] for i in places]
-            batch = pack([*own, *answers[start : start + size]], layout).to_dict()
+            batch = self.answerer.policy.packer([*own, *answers[start : start + size]])
             num_drawn = sum(len(row.response_ids) for row in own)
             batches.append(MicroBatch(batch, places, num_drawn, self.answerer.measure(self._trainer, batch)))
         return batches

@@ -22,12 +22,12 @@ from prefkit.data.template import ChatTemplate, make_template
 from prefkit.files import fsync_files, naming_disk_faults, replace_text
 from prefkit.model.adapter import save_as_plain_lora
 from prefkit.model.generate import generate_responses
-from prefkit.model.load import load_tokenizer
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.reference import Reference
 from prefkit.model.reward import VALUE_HEAD
 from prefkit.model.reward_model import make_score_probe, write_score_probe
+from prefkit.model.vision import load_template
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.calibration import (
     CALIBRATION_FILE,
@@ -111,11 +111,11 @@ def _train(
     if config.method.stage == "ppo":
         check_judges(config)
     set_seed(args.seed)
-    tokenizer = load_tokenizer(config.model)
-    template = make_template(tokenizer, config.data)
+    template = load_template(config.model, config.data)
+    tokenizer = template.tokenizer
     if config.method.stage == "rm":
         set_pad_token(tokenizer, template, config.model)
-        template = make_template(tokenizer, config.data)  # it knows a token that may be new
+        template = make_template(tokenizer, config.data, template.vision)  # it knows a token that may be new
     tracker = make_tracker(console)
     with args.main_process_first(local=False):  # the others find the rows that it has encoded
         data = load_data(config, template, args.seed, console.print, tracker)
@@ -132,7 +132,7 @@ def _train(
         console.print(f"It may end otherwise than a run in one go, since there changed: {', '.join(other)}.")
     if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
         count_in_updates(config, args, len(data.train))
-    policy = build_policy(config, args, tokenizer, console.print)
+    policy = build_policy(config, args, template, console.print, data.has_images)
     reference: Reference | None = None
     if config.method.stage != "rm":
         builder = ReferenceBuilder(config, args, policy, tokenizer, data, weights, console.print, tracker)

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from prefkit.config.schema import TuningConfig
 from prefkit.data.dataset import RunData
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout, pack, rows_of_losses
+from prefkit.data.packing import Packer, rows_of_losses
 from prefkit.data.view import RowView
 from prefkit.files import replace_text
 from prefkit.objectives.metrics import by_label, held_out_metrics, means
@@ -48,7 +48,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         args: TrainingArguments,
         stage: Stage,
         tuning: TuningConfig,
-        layout: Layout,
+        packer: Packer,
         data: RunData,
         tokenizer: PreTrainedTokenizerBase,
         pieces: Pieces,
@@ -58,7 +58,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(layout),
+            data_collator=Collator(packer),
             train_dataset=data.train if args.do_train else None,
             eval_dataset=data.held_out_parts or (data.held_out if len(data.held_out) else None),
             processing_class=tokenizer,
@@ -419,8 +419,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 class Collator:
     """Packs examples into a batch in the form that data loader and Trainer take."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
         self._is_ready_worker = False
 
     def __call__(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
@@ -428,7 +428,7 @@ class Collator:
         if not self._is_ready_worker and get_worker_info() is not None:
             ignore_in_worker()
             self._is_ready_worker = True
-        return pack(examples, self.layout).to_dict()
+        return self.packer(examples)
 
 
 def _seen(inputs: dict[str, Any], output: StageOutput) -> Seen:

@@ -19,8 +19,8 @@ from prefkit.data.examples import Label, Pair
 from prefkit.data.packing import pack
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import segment_attention
-from prefkit.model.load import load_tokenizer
 from prefkit.model.policy import response_logps
+from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.policy import build_policy, choose_policy_logps
 from tests.conftest import make_model, make_tokenizer
@@ -53,8 +53,7 @@ def make_batch(layout: Any) -> dict[str, Any]:
 
 def measure(config: Any, args: Any) -> int:
     """Bytes that the forward of policy and reference and the backward hold at most."""
-    tokenizer = load_tokenizer(config.model)
-    policy = build_policy(config, args, tokenizer, lambda text: None)
+    policy = build_policy(config, args, load_template(config.model, config.data), lambda text: None)
     model: Any = policy.model
     model.train()
     if args.activation_checkpointing:

@@ -16,7 +16,7 @@ from prefkit.data.picking import pick, pick_continuing
 from tests.data.test_splitting import make_example
 
 COMPUTED_FROM = (
-    *("input_ids", "position_ids", "segments", "attention_mask"),
+    *("input_ids", "position_ids", "segments", "attention_mask", "pixels"),
     *("source", "target", "owner", "num_responses"),
 )
 

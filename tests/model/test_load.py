@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from prefkit.config import ModelConfig, TuningConfig
 from prefkit.data.template import ChatTemplate
@@ -35,6 +36,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return make_model(), {"missing_keys": set()}
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda path, **given: LlamaConfig())
     return options
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
-from prefkit.data.packing import Layout, pack
+from prefkit.data.packing import Layout, Packer, pack
 from prefkit.model.errors import ModelError
 from prefkit.model.policy import response_logps
 from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fill
@@ -346,7 +346,7 @@ def test_fill_keeps_to_its_budget_of_tokens(open_store, max_tokens: int, batches
     examples = [*EXAMPLES, FOURTH]
     assert [example.num_tokens for example in examples] == [10, 9, 13, 11]
     inner, store = Counted(), open_store()
-    fill(store, examples, partial(inner.logps, None), "shared", max_tokens, untracked)
+    fill(store, examples, partial(inner.logps, None), Packer("shared"), max_tokens, untracked)
     assert inner.asked == batches
     assert all(example.key in open_store() for example in examples)
 
@@ -355,8 +355,8 @@ def test_fill_computes_only_what_the_store_lacks(open_store, filled: list[Path])
     filled[1].unlink()
     inner, store = Counted(), open_store()
     compute = partial(inner.logps, None)
-    fill(store, EXAMPLES, compute, "shared", 99, untracked)
-    fill(store, EXAMPLES, compute, "shared", 99, untracked)
+    fill(store, EXAMPLES, compute, Packer("shared"), 99, untracked)
+    fill(store, EXAMPLES, compute, Packer("shared"), 99, untracked)
     assert inner.asked == [("f:3",)]
     assert torch.equal(store.get(KEYS[0]), values(KEYS[0]))
     assert len(row_files(store)) == 2
@@ -369,7 +369,7 @@ def test_fill_shows_its_batches(open_store) -> None:
         shown.append((len(items), title))
         return iter(items)
 
-    fill(open_store(), EXAMPLES, partial(Counted().logps, None), "shared", 19, track)
+    fill(open_store(), EXAMPLES, partial(Counted().logps, None), Packer("shared"), 19, track)
     assert shown == [(2, "reference log-probs")]
 
 
@@ -381,7 +381,7 @@ def test_filled_values_are_those_of_the_model(open_store, layout: Layout) -> Non
     def compute(batch: dict[str, Any]) -> ResponseLogps:
         return response_logps(model, batch)
 
-    fill(open_store(), EXAMPLES, compute, layout, 19, untracked)
+    fill(open_store(), EXAMPLES, compute, Packer(layout), 19, untracked)
     cached = CachedReference(open_store(), None, "", True)
     for numbers in ((0,), (1,), (2,), (2, 0, 1)):
         batch = batch_of(*numbers, layout=layout)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from prefkit.config import load_config
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
-from prefkit.data.packing import Layout
+from prefkit.data.packing import Layout, Packer
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.train import dpo
 from prefkit.train.arguments import make_training_arguments
@@ -61,7 +61,7 @@ class Run:
                 torch.float32,
             ),
             self.config.tuning,
-            layout,  # type: ignore[arg-type]
+            Packer(layout),
             data,
             None,  # type: ignore[arg-type]
             Pieces(self.config, args, reference, self.said.append),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from prefkit.config.errors import UserError
 from prefkit.config.load import load_config
 from prefkit.config.schema import GenerationConfig, RunConfig
+from prefkit.data.packing import Packer
 from prefkit.model.errors import ModelError
 from prefkit.model.rollout import Sampled, Stream
 from prefkit.model.value import add_value_head
@@ -216,7 +217,7 @@ def make_policy(**lora: Any) -> Policy:
     if lora:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **lora))
     add_value_head(model)
-    return Policy(model, "shared", torch.bfloat16)
+    return Policy(model, Packer("shared"), torch.bfloat16)
 
 
 def open_engine(tmp_path: Path, policy: Policy | None = None, **changes: Any) -> tuple[VllmEngine, LLM]:
@@ -441,7 +442,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_that_is_trained_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy(make_model(tie_word_embeddings=True), "shared", torch.bfloat16)
+    policy = Policy(make_model(tie_word_embeddings=True), Packer("shared"), torch.bfloat16)
     with pytest.raises(UserError, match="tied to the embedding"):
         open_engine(tmp_path, policy, finetuning_type="full")
     embedding: Any = policy.base.get_input_embeddings()
