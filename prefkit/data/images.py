@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prefkit.data.examples import StoredImage
 from prefkit.data.messages import RowError, kind
 
 if TYPE_CHECKING:
@@ -42,17 +43,6 @@ _SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _ORIENTATION = 0x0112  # the tag of EXIF
 _OTHERS = {b"<svg": "SVG", b"<html": "HTML"}  # what PIL does not know
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image of a row, known to be one that can be read."""
-
-    path: str  # absolute path of its file; "" where the bytes are kept
-    content: bytes  # the encoded bytes (PNG, JPEG, WebP); b"" where a file has them
-    digest: str  # sha256 of the encoded bytes, hex
-    width: int  # as it is shown, i.e. after EXIF rotation
-    height: int
 
 
 @dataclass(frozen=True)
