@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Label
-
-if TYPE_CHECKING:
-    from prefkit.data.vision import Pixels, Vision
+from prefkit.data.vision import Pixels, Seen, Vision
 
 # What a batch has besides of responses that were drawn, by name: a vector (T,) each.
 DRAWN = "drawn"
@@ -93,7 +91,7 @@ def pack(examples: Sequence[TokenizedExample], layout: Layout, vision: Vision | 
             owner += [num_responses] * len(ids)
             num_responses += 1
     return PackedBatch(
-        **place([_Prompt.read(example, vision) for example in examples]),
+        **place([_Prompt(example, see(example, vision)) for example in examples]),
         target=torch.tensor(target),
         owner=torch.tensor(owner),
         num_responses=num_responses,
@@ -121,6 +119,14 @@ class Packer:
     def __call__(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         """The fields of the batch by name."""
         return pack(examples, self.layout, self.vision).to_dict()
+
+
+def see(example: TokenizedExample, vision: Vision | None) -> Seen:
+    """The images of an example's prompt; `vision` is None where no example has any."""
+    if not example.images:
+        return Seen()
+    assert vision is not None
+    return vision.see(example.prompt_ids, example.images)
 
 
 def last_positions(batch: Mapping[str, Any]) -> Tensor:
@@ -161,38 +167,26 @@ def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
     return [row for row, count in counted for _ in range(max(count, 1))]
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """An example with the images of its prompt, and their places (3, P) where the model counts so."""
-
+class _Prompt(NamedTuple):
     example: TokenizedExample
-    pixels: Pixels
-    places: Tensor | None = None
-
-    @classmethod
-    def read(cls, example: TokenizedExample, vision: Vision | None) -> _Prompt:
-        if not example.images:
-            return cls(example, {})
-        assert vision is not None
-        pixels, _ = vision.read(example.images)
-        return cls(example, pixels, vision.places(example.prompt_ids, pixels))
+    seen: Seen
 
     def positions(self) -> Tensor:
         """Of the tokens of the prompt, (3, P)."""
-        length = len(self.example.prompt_ids)
-        return torch.arange(length).expand(3, -1) if self.places is None else self.places
+        return self.seen.positions(len(self.example.prompt_ids))
 
     @property
     def end(self) -> int:
-        """The position after the prompt, where each response starts."""
-        return len(self.example.prompt_ids) if self.places is None else int(self.places.max()) + 1
+        """Where each response starts."""
+        return self.seen.end(len(self.example.prompt_ids))
 
 
 def _pixels(prompts: Sequence[_Prompt], times: Sequence[int]) -> tuple[Pixels, ...]:
     """What the model takes of each prompt, so many times; nothing where no prompt has images."""
-    if not any(prompt.pixels for prompt in prompts):
+    if not any(prompt.seen.pixels for prompt in prompts):
         return ()
-    return tuple(prompt.pixels for prompt, number in zip(prompts, times, strict=True) for _ in range(number))
+    pixels = [prompt.seen.pixels for prompt in prompts]
+    return tuple(it for it, number in zip(pixels, times, strict=True) for _ in range(number))
 
 
 def _place_shared(prompts: Sequence[_Prompt]) -> dict[str, Any]:
@@ -226,7 +220,9 @@ def _place_shared(prompts: Sequence[_Prompt]) -> dict[str, Any]:
 
 def _plain(positions: Tensor, prompts: Sequence[_Prompt]) -> Tensor:
     """Positions (3, B, L) as they are, or (B, L) where no prompt is placed in more than one dimension."""
-    return positions.contiguous() if any(it.places is not None for it in prompts) else positions[0].clone()
+    return (
+        positions.contiguous() if any(it.seen.places is not None for it in prompts) else positions[0].clone()
+    )
 
 
 def _place_repeat(prompts: Sequence[_Prompt]) -> dict[str, Any]:

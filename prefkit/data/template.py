@@ -111,6 +111,11 @@ class ChatTemplate:
         self._special, self._steering = _any_of(self._special_ids), _any_of(steering)
 
     @property
+    def saved(self) -> Any:
+        """What is saved beside a model: the tokenizer, or the processor that holds it."""
+        return self.tokenizer if self.vision is None else self.vision.processor
+
+    @property
     def end_token(self) -> str | None:
         """The token that ends a turn, where the template is a named one that has its own."""
         return self.family.ends if self.family else None

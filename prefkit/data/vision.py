@@ -6,9 +6,12 @@ as many tokens as the model has places for its features.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +27,23 @@ if TYPE_CHECKING:
 # Of what a processor returns, what no model reads.
 _UNREAD = ("rows", "cols", "num_crops")
 Pixels = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model takes of the images of a prompt; `places` (3, P) are the positions of its tokens, where
+    the model counts them in more than one dimension."""
+
+    pixels: Pixels = field(default_factory=dict)
+    places: Tensor | None = None
+
+    def positions(self, length: int) -> Tensor:
+        """Of the tokens of the prompt, which has so many, (3, P)."""
+        return torch.arange(length).expand(3, -1) if self.places is None else self.places
+
+    def end(self, length: int) -> int:
+        """The position after the prompt, where each response starts."""
+        return length if self.places is None else int(self.places.max()) + 1
 
 
 class Vision:
@@ -71,6 +91,13 @@ class Vision:
         unread = {*_UNREAD, *self.processor.unused_input_names}
         return {name: torch.as_tensor(it) for name, it in found.items() if name not in unread}, texts
 
+    def see(self, ids: Sequence[int], images: Sequence[StoredImage]) -> Seen:
+        """The images of a prompt with these token ids. Raises `DataError` as `read` does."""
+        if not images:
+            return Seen()
+        pixels, _ = self.read(images)
+        return Seen(pixels, self.places(ids, pixels))
+
     def places(self, ids: Sequence[int], pixels: Mapping[str, Tensor]) -> Tensor | None:
         """Positions (3, P) of the tokens of a prompt in time, height and width, for a model that counts so
         (M-RoPE, https://arxiv.org/abs/2409.12191, section 2.1); None for any other."""
@@ -93,6 +120,24 @@ class Vision:
 
         found: Any = MODEL_MAPPING[type(self.config)]
         return cast("type", found)
+
+
+@cache
+def probe_picture() -> StoredImage:
+    """A picture by which a model that sees is known again: shades of all colours, the same everywhere."""
+    from PIL import Image
+
+    size = width, height = 64, 48
+    shades = bytes(
+        (x * 4 * (c == 0) + y * 5 * (c == 1) + (x * y) % 256 * (c == 2)) % 256
+        for y in range(height)
+        for x in range(width)
+        for c in range(3)
+    )
+    file = io.BytesIO()
+    Image.frombytes("RGB", size, shades).save(file, "PNG")
+    content = file.getvalue()
+    return StoredImage("", content, hashlib.sha256(content).hexdigest(), width, height)
 
 
 def join(pixels: Sequence[Mapping[str, Tensor]], nested: bool) -> Pixels:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.packing import see
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import plain_attention
+from prefkit.model.vision import generation_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,13 +27,13 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 def generate_responses(
     model: PreTrainedModel | PeftModel,
     template: ChatTemplate,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[TokenizedExample],
     max_new_tokens: int,
     after_batch: Callable[[], None] = lambda: None,
     batch_size: int = 8,
 ) -> list[str]:
-    """The greedy response to each prompt, as text without control tokens; `after_batch` is called once for
-    each `batch_size` of them."""
+    """The greedy response to the prompt of each row, as text without control tokens; `after_batch` is called
+    once for each `batch_size` of them."""
     tokenizer = template.tokenizer
     base = base_of(model)
     was_training = model.training
@@ -38,16 +42,17 @@ def generate_responses(
     with plain_attention(base):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            length = max(map(len, batch))
+            length = max(len(prompt.prompt_ids) for prompt in batch)
             # Left padding, so that every prompt ends where its response starts.
             ids = torch.zeros(len(batch), length, dtype=torch.long)
             mask = torch.zeros(len(batch), length, dtype=torch.long)
             for row, prompt in enumerate(batch):
-                ids[row, length - len(prompt) :] = torch.tensor(prompt)
-                mask[row, length - len(prompt) :] = 1
+                ids[row, length - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
+                mask[row, length - len(prompt.prompt_ids) :] = 1
+            pixels = [see(prompt, template.vision).pixels for prompt in batch]
+            inputs = {"input_ids": ids, "attention_mask": mask, **generation_inputs(base.config, pixels, ids)}
             output = cast("Any", model).generate(
-                input_ids=ids.to(base.device),
-                attention_mask=mask.to(base.device),
+                **send_to_device(inputs, base.device),
                 max_new_tokens=max_new_tokens,
                 **GREEDY,
                 eos_token_id=stop_ids(model, template),

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Message
+from prefkit.data.messages import PLACEHOLDER
+from prefkit.data.packing import pack
+from prefkit.data.vision import Vision, probe_picture
 from prefkit.files import replace_text
 from prefkit.model.adapter import base_of
 from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
+from prefkit.model.vision import image_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +42,7 @@ _QUESTIONS = (
     ("How do I boil an egg?", "Put it into boiling water for seven minutes, then cool it."),
     ("What is 12 times 12?", "12 times 12 is 144."),
 )
+_ABOUT_PICTURE = ("What is in the picture?", "Shades of red, green and blue.")
 
 
 @dataclass(frozen=True)
@@ -54,43 +60,83 @@ class Probe:
         return TOLERANCE.get(getattr(torch, self.dtype), TOLERANCE[torch.bfloat16])
 
 
-def make_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> Probe:
-    """A probe of the model on the shortest of the examples: of each the chosen response, or its only one."""
+def make_probe(
+    model: nn.Module, examples: Sequence[TokenizedExample], template: ChatTemplate | None = None
+) -> Probe:
+    """A probe of the model on the shortest of the examples: of each the chosen response, or its only one.
+
+    Of a model that sees, as `template` says, the images of these are left out, and one row has a picture of
+    ours.
+    """
+    vision = template.vision if template is not None else None
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_ROWS]
     rows = []
     for example in shortest:
         chosen = example.pairs[0].chosen if example.pairs else 0
         response = example.response_ids[chosen][: _MOST_TOKENS // 2]
-        rows.append((example.prompt_ids[-_MOST_TOKENS // 2 :], response))
+        prompt = [token for token in example.prompt_ids if vision is None or token != vision.token_id]
+        rows.append((prompt[-_MOST_TOKENS // 2 :], response))
+    if template is not None:
+        rows += _picture_rows(template)
     base = base_of(model)
     dtype = str(base.dtype).removeprefix("torch.")
-    return Probe(rows, measure(model, rows), dtype, bool(getattr(base, "is_quantized", False)))
+    return Probe(rows, measure(model, rows, vision), dtype, bool(getattr(base, "is_quantized", False)))
 
 
-def question_rows(template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
+Rows = list[tuple[list[int], list[int]]]
+
+
+def _picture_rows(template: ChatTemplate) -> Rows:
+    """A question about `probe_picture`, for a model that sees."""
+    if template.vision is None:
+        return []
+    texts = template.vision.read([probe_picture()])[1]
+    question, answer = _ABOUT_PICTURE
+    prompt, (response,) = template.encode(
+        [Message("user", f"{PLACEHOLDER}{question}")], [Message("assistant", answer)], images=texts
+    )
+    return [(prompt, response)] if template.count_places(prompt) else []
+
+
+def question_rows(template: ChatTemplate) -> Rows:
     """Rows as (prompt ids, response ids) for a model that has no probe of its own."""
     rows = []
     for question, answer in _QUESTIONS:
         prompt, responses = template.encode([Message("user", question)], [Message("assistant", answer)])
         rows.append((prompt, responses[0]))
-    return rows
+    return rows + _picture_rows(template)
 
 
 @torch.no_grad()
-def measure(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-    """Log-prob of each response token of the rows, from the model's own logits."""
+def measure(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], vision: Vision | None = None
+) -> list[list[float]]:
+    """Log-prob of each response token of the rows, from the model's own logits; where a row has places for an
+    image, `vision` shows it `probe_picture`."""
     base: PreTrainedModel = base_of(model)
     was_training = model.training
     model.eval()
     found = []
     with plain_attention(base):
         for prompt, response in rows:
-            ids = torch.tensor([[*prompt, *response]], device=base.device)
-            logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            inputs = _inputs(base, prompt, response, vision)
+            logps = model(**inputs).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             target = torch.tensor(response, device=logps.device)
             found.append(logps.gather(1, target[:, None])[:, 0].tolist())
     model.train(was_training)
     return found
+
+
+def _inputs(
+    base: PreTrainedModel, prompt: list[int], response: list[int], vision: Vision | None
+) -> dict[str, Any]:
+    """What the model's own forward takes of a row."""
+    if vision is None or vision.token_id not in prompt:
+        return {"input_ids": torch.tensor([[*prompt, *response]], device=base.device)}
+    row = TokenizedExample(prompt, [response], (), "", images=(probe_picture(),))
+    batch = send_to_device(pack([row], "repeat", vision).to_dict(), base.device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return inputs | image_inputs(base.config, batch["pixels"], batch["input_ids"])
 
 
 def distance(probe: Probe, token_logps: Sequence[Sequence[float]]) -> float:
@@ -103,10 +149,10 @@ def distance(probe: Probe, token_logps: Sequence[Sequence[float]]) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-def compare(probe: Probe, model: nn.Module) -> tuple[float, float]:
+def compare(probe: Probe, model: nn.Module, vision: Vision | None = None) -> tuple[float, float]:
     """(distance of the model from the probe, how much of it the dtypes of both explain)."""
     tolerance = max(probe.tolerance, TOLERANCE.get(base_of(model).dtype, 0.0))
-    return distance(probe, measure(model, probe.rows)), tolerance
+    return distance(probe, measure(model, probe.rows, vision)), tolerance
 
 
 def write_probe(probe: Probe, folder: Path) -> None:
@@ -133,8 +179,9 @@ def read_probe(folder: Path) -> Probe | None:
     return probe
 
 
-def verify(model: nn.Module, folder: Path, name: str) -> float | None:
-    """How far the model is from what was probed when `folder` was written, in nats per token.
+def verify(model: nn.Module, folder: Path, name: str, vision: Vision | None = None) -> float | None:
+    """How far the model, which sees by `vision`, is from what was probed when `folder` was written, in nats
+    per token.
 
     None where there is nothing to compare: no probe, or one of a model quantised otherwise. Raises
     `ModelError` when it is another model: its base is not the one that it was trained on, or has changed.
@@ -148,7 +195,7 @@ def verify(model: nn.Module, folder: Path, name: str) -> float | None:
         >= base.config.get_text_config().vocab_size
     ):
         raise ModelError(f"{name}: {base.name_or_path} has fewer tokens than the model it was trained on")
-    apart, tolerance = compare(probe, model)
+    apart, tolerance = compare(probe, model, vision)
     if not apart <= tolerance:
         raise ModelError(
             f"{name} on {base.name_or_path} is not the model that was trained: the log-probs of its probe "

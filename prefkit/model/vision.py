@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from prefkit.config.schema import DataConfig, ModelConfig, TuningConfig
 from prefkit.data.template import ChatTemplate, make_template
 from prefkit.data.vision import Pixels, Vision, join
+from prefkit.files import replace_text
 from prefkit.model.errors import ModelError
 from prefkit.model.load import is_seeing, load_model_config, load_tokenizer, model_source
 
@@ -45,8 +48,10 @@ PARTS = {
     **dict.fromkeys(("llava_onevision", "gemma3"), _LLAVA),
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
 }
+_VIDEO_FILE = "video_preprocessor_config.json"
 # Models that take the images of each prompt in a dimension of their own.
 _NESTED = {"idefics3", "smolvlm"}
+_MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 # Models that are told which tokens are those of images, to let these see each other both ways.
 _TOLD_KINDS = {"gemma3"}
 
@@ -88,9 +93,13 @@ def _load_processor(
     try:
         images = AutoImageProcessor.from_pretrained(source, **options)
         facts, _ = transformers.ProcessorMixin.get_processor_dict(source, **options)
-        kind = _without_video(getattr(transformers, str(name)))
+        kind = getattr(transformers, str(name))
         parts = {"image_processor": images, "tokenizer": tokenizer, "video_processor": None}
-        return kind.from_args_and_dict([parts[part] for part in kind.get_attributes()], facts)
+        taken = [parts[part] for part in kind.get_attributes()]
+        processor = _without_video(kind).from_args_and_dict(taken, facts)
+        processor.chat_template = None  # the tokenizer has it
+        processor.video_facts = facts.get("video_processor") or _read_video_facts(source, options)
+        return processor
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -101,18 +110,43 @@ def _load_processor(
 
 @cache
 def _without_video(kind: Any) -> Any:
-    """The class of a processor, that takes None for its video processor."""
+    """The class of a processor, that has no processor of video; its files are those of the whole class."""
 
     class ImageProcessorOnly(kind):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor" and argument is None:
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in kind.get_attributes() if name != "video_processor"]
+
+        def save_pretrained(self, folder: Any, push_to_hub: bool = False, **options: Any) -> Any:
+            written = super().save_pretrained(folder, push_to_hub, **options)
+            if self.video_facts:
+                replace_text(Path(folder) / _VIDEO_FILE, json.dumps(self.video_facts, indent=2) + "\n")
+            return written
+
+        def to_dict(self) -> dict[str, Any]:
+            facts: dict[str, Any] = super().to_dict()
+            facts.pop("video_facts", None)
+            return facts
 
         def __reduce__(self) -> Any:
             return _restore, (kind, vars(self))
 
+    ImageProcessorOnly.__name__ = kind.__name__
     return ImageProcessorOnly
+
+
+def _read_video_facts(source: str | Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a model says of its processor of video in a file of its own, to be passed on."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        str(source),
+        _VIDEO_FILE,
+        revision=options["revision"],
+        cache_dir=options["cache_dir"],
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
 
 
 def _restore(kind: Any, state: dict[str, Any]) -> Any:
@@ -131,6 +165,17 @@ def image_inputs(
     found = join(pixels, nested=config.model_type in _NESTED)
     if config.model_type in _TOLD_KINDS:
         found["token_type_ids"] = (input_ids == config.image_token_id).long()
+    return found
+
+
+def generation_inputs(
+    config: PretrainedConfig, pixels: Sequence[Mapping[str, Tensor]], input_ids: Tensor
+) -> Pixels:
+    """What `generate` takes of the images of prompts, whose tokens are `input_ids`; it finds positions by
+    itself."""
+    found = image_inputs(config, [it for it in pixels if it], input_ids)
+    if found and config.model_type in _MROPE:
+        found["mm_token_type_ids"] = (input_ids == config.image_token_id).int()
     return found
 
 

@@ -12,9 +12,19 @@ import torch
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import UseConfig
+from prefkit.data.vision import Vision
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES
-from prefkit.model.probe import TOLERANCE, Probe, compare, distance, measure, question_rows, read_probe
+from prefkit.model.probe import (
+    TOLERANCE,
+    Probe,
+    Rows,
+    compare,
+    distance,
+    measure,
+    question_rows,
+    read_probe,
+)
 from prefkit.model.reward import VALUE_HEAD
 from prefkit.runs.reward_model import has_value_head, names_reward_model
 from prefkit.serve.card import GENERATING, make_record, write_facts
@@ -95,8 +105,9 @@ def export_language_model(config: UseConfig, folder: Path, say: Say) -> None:
     accelerator = torch.accelerator.current_accelerator() if config.export.export_device == "auto" else None
     model.to(accelerator or "cpu")
     rows = _probe_rows(config, loaded.template)
-    before = measure(model, rows)
-    untuned = _untuned(model, rows)
+    vision = loaded.template.vision
+    before = measure(model, rows, vision)
+    untuned = _untuned(model, rows, vision)
     if config.model.adapter_name_or_path:
         adapters = ", ".join(config.model.adapter_name_or_path)
         say(f"Merging {adapters} into {config.model.model_name_or_path} ...")
@@ -104,7 +115,7 @@ def export_language_model(config: UseConfig, folder: Path, say: Say) -> None:
     _write(model, loaded.template, config, folder)
     probe = Probe(rows, before, str(model.dtype).removeprefix("torch."), False)
     moved = None if untuned is None else distance(probe, untuned)
-    apart = _compare(probe, folder, config, moved)
+    apart = _compare(probe, folder, config, vision, moved)
     record = make_record(config, {"nats_per_token": apart, "moved_by_training": moved})
     proof = f"probe rows within {apart:.1e} nats per token of the adapter"
     write_facts(folder, config, record, GENERATING, {"proof": proof})
@@ -117,7 +128,7 @@ def export_language_model(config: UseConfig, folder: Path, say: Say) -> None:
     say(f"Proof: {len(rows)} probe rows agree before and after within {apart:.1e} nats per token{told}.")
 
 
-def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
+def _probe_rows(config: UseConfig, template: ChatTemplate) -> Rows:
     """Rows of the training's own probe, or questions of ours."""
     for path in (*reversed(config.model.adapter_name_or_path), config.model.model_name_or_path):
         if probe := read_probe(Path(path)):
@@ -125,33 +136,36 @@ def _probe_rows(config: UseConfig, template: ChatTemplate) -> list[tuple[list[in
     return question_rows(template)
 
 
-def _untuned(model: Any, rows: list[tuple[list[int], list[int]]]) -> list[list[float]] | None:
+def _untuned(model: Any, rows: Rows, vision: Vision | None) -> list[list[float]] | None:
     """The log-probs without the last adapter: what the merged ones must not be."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return None
     with model.disable_adapter():
-        return measure(model, rows)
+        return measure(model, rows, vision)
 
 
 def _write(model: PreTrainedModel, template: ChatTemplate, config: UseConfig, folder: Path) -> None:
     model.save_pretrained(str(folder), max_shard_size=f"{config.export.export_size}GB")
     template.tokenizer.padding_side = "left"  # as generation wants it
-    template.tokenizer.save_pretrained(str(folder))
+    template.saved.save_pretrained(str(folder))
 
 
-def _compare(probe: Probe, folder: Path, config: UseConfig, moved: float | None) -> float:
+def _compare(
+    probe: Probe, folder: Path, config: UseConfig, vision: Vision | None, moved: float | None
+) -> float:
     """Distance of the written model from the probe.
 
     Raises `ModelError` when it is another model, or nearer to the untuned one, which training `moved`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    written: Any = AutoModelForCausalLM.from_pretrained(
+    kind: Any = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    written = kind.from_pretrained(
         folder, dtype=DTYPES.get(config.model.dtype, "auto"), trust_remote_code=config.model.trust_remote_code
     )
-    apart, tolerance = compare(probe, written)
+    apart, tolerance = compare(probe, written, vision)
     if moved is not None:
         tolerance = min(tolerance, max(moved / 2, TOLERANCE[torch.float32]))
     if not apart <= tolerance:

@@ -55,7 +55,7 @@ def load_model(config: UseConfig) -> LoadedModel:
     model: Any = start_from_adapters(base, config.model, create_new=False)
     model.requires_grad_(False)
     model.eval()
-    return LoadedModel(model, template, verify(model, Path(name), name))
+    return LoadedModel(model, template, verify(model, Path(name), name, template.vision))
 
 
 def load_scorer(config: UseConfig) -> Scorer:

@@ -69,7 +69,7 @@ def build_trainer(
         config.tuning,
         policy.packer,
         data,
-        template.tokenizer,
+        template.saved,
         Pieces(config, args, reference, console.print),
         signals,
         rollouts,

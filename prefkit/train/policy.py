@@ -75,8 +75,10 @@ def build_policy(
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
     model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
     if adapter := config.continued_adapter:
-        check = verify_scores if is_reward_model(base_of(model)) else verify
-        check(model, Path(adapter), adapter)
+        if is_reward_model(base_of(model)):
+            verify_scores(model, Path(adapter), adapter)
+        else:
+            verify(model, Path(adapter), adapter, template.vision)
     if is_reward_model(base_of(model)):
         check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):

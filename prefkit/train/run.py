@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
@@ -246,7 +247,7 @@ class Run:
         if is_reward:
             write_score_probe(make_score_probe(self.policy.model, rows), folder)
         else:
-            write_probe(make_probe(self.policy.model, self._with_answers(rows)), folder)
+            write_probe(make_probe(self.policy.model, self._with_answers(rows), self.template), folder)
         facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         base = self.config.model.model_name_or_path
@@ -334,7 +335,7 @@ class Run:
         number = self.config.output.sample_prompts
         if not number or not self.leads or self.config.method.stage == "rm":
             return []
-        prompts = [example.prompt_ids for example in self.data.held_out[:number]]
+        prompts = list(islice(self.data.held_out, number))
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
         return generate_responses(self.policy.model, self.template, prompts, length, self.watchdog.beat)

@@ -268,7 +268,7 @@ def test_addresses_that_are_public(address: str) -> None:
      "169.254.169.254", "2852039166", "[::ffff:a9fe:a9fe]", "[64:ff9b::7f00:1]", "0", "localhost"],
 )  # fmt: skip
 def test_hosts_that_are_named_must_be_public_too(host: str) -> None:
-    with pytest.raises(RowError, match="no public address|is written https") as caught:
+    with pytest.raises(RowError, match=r"no public address|is written https") as caught:
         Fetcher(Never()).fetch(f"https://{host}/latest/meta-data", (host.strip("[]"),))
     assert caught.value.reason == "image by URL"
 

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from prefkit.config import ModelConfig, TuningConfig
+from prefkit.data.encode import TokenizedExample
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import add_lora, linear_names
 from prefkit.model.generate import generate_responses
@@ -104,7 +105,7 @@ def test_generation_pads_left_and_stops_at_the_end_token(tokenizer) -> None:
     """A batch of unequal prompts gives what each gives alone."""
     policy = add_lora(make_model(), TuningConfig())
     template = ChatTemplate(tokenizer, "chatml")
-    prompts = [[7, 8, 9, 10, 11], [12]]
+    prompts = [TokenizedExample(ids, [], (), "") for ids in ([7, 8, 9, 10, 11], [12])]
     batches: list[None] = []
     together = generate_responses(policy, template, prompts, 6, lambda: batches.append(None))
     assert len(batches) == 1

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefkit.config import ConfigError
 from prefkit.config.errors import UserError
 from prefkit.config.uses import EXPORT
+from prefkit.data.encode import TokenizedExample
 from prefkit.model.errors import ModelError
 from prefkit.model.generate import generate_responses
 from prefkit.runs.use import read_use_config
@@ -56,7 +57,8 @@ def test_plain_transformers_answers_as_the_adapter_does(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     plain = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert [plain] == generate_responses(tuned.model, tuned.template, inputs["input_ids"].tolist(), 20)
+    prompt = TokenizedExample(inputs["input_ids"][0].tolist(), [], (), "")
+    assert [plain] == generate_responses(tuned.model, tuned.template, [prompt], 20)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, tuned.model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
