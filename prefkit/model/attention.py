@@ -28,7 +28,10 @@ NAME = "prefkit_shared"
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None, float | None], Tensor]
 Visit = Callable[[torch.nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]  # (layer, key, value) -> both
 # Keyword arguments that models pass along and that mean nothing to attention.
-_HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"}
+_HARMLESS = {
+    *("position_ids", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"),
+    "logits_to_keep",
+}
 # The attribute of a model that remembers its own implementation.
 _PLAIN = "_prefkit_plain_implementation"
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import GenerationConfig as GenerateConfig
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from prefkit.config.schema import GenerationConfig
+from prefkit.data.vision import Seen
 from prefkit.model.adapter import base_of
 from prefkit.model.architecture import batch_dependence
 from prefkit.model.attention import plain_attention
@@ -30,6 +32,7 @@ from prefkit.model.errors import ModelError
 from prefkit.model.growing_cache import RepeatedPrompts
 from prefkit.model.sampling import draw_tokens, penalise_repetition, random_numbers
 from prefkit.model.shared_decoding import SharedPrompts, can_share_prompts
+from prefkit.model.vision import generation_inputs, image_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,7 +41,10 @@ if TYPE_CHECKING:
 # Complete rows leave the batch once they are this share of it: what stays has to be copied then.
 _ENDED_SHARE = 1 / 8
 # Models with inputs of their own for images or for stretched positions: for text they are the common ones.
-_COMMON_INPUTS = {"gemma3", "phi3", "bamba", "falcon_h1", "nemotron_h"}
+_COMMON_INPUTS = {
+    *("gemma3", "phi3", "bamba", "falcon_h1", "nemotron_h"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "idefics3", "smolvlm"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,11 @@ def sample_responses(
     stop_ids: Sequence[int],
     stream: Stream,
     all_done: Callable[[bool], bool] = bool,
+    seen: Sequence[Seen] = (),
 ) -> list[Sampled]:
     """`num_responses` responses to each prompt, given as token ids, in the order of the prompts.
+
+    `seen` are the images of each prompt, which the model sees once; none where no prompt has any.
 
     `numbers` say which prompt of the run each is, whatever its rank and batch. The model computes with its
     adapters as they are, in the numbers it is held in, and in eval mode, which is undone. A response ends at
@@ -86,7 +95,8 @@ def sample_responses(
     """
     base = base_of(model)
     limits = find_limits(base, prompts, generation.max_new_tokens)
-    draws = _Draws(prompts, numbers, num_responses, generation, stop_ids, stream, limits, base.device)
+    seen = send_to_device(list(seen) or [Seen()] * len(prompts), base.device)
+    draws = _Draws(prompts, seen, numbers, num_responses, generation, stop_ids, stream, limits, base.device)
     obstacle = find_expansion_obstacle(base, max(map(len, prompts)) + generation.max_new_tokens)
     run = _decode if obstacle is None else _generate
     # Not `inference_mode`: what a module keeps for itself meanwhile must be of use in training.
@@ -147,6 +157,7 @@ class _Draws:
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
+        seen: Sequence[Seen],
         numbers: Sequence[int],
         num_responses: int,
         generation: GenerationConfig,
@@ -157,6 +168,10 @@ class _Draws:
     ) -> None:
         self.num_responses, self.generation = num_responses, generation
         self.prompt_ids, self.prompt_mask = _align(prompts, device)
+        self.pixels = [it.pixels for it in seen]
+        self.prompt_positions = _align_positions(prompts, seen, device)
+        ends = [it.end(len(prompt)) for prompt, it in zip(prompts, seen, strict=True)]
+        self.prompt_ends = torch.tensor(ends, device=device)
         self._limits = torch.tensor(limits, device=device).repeat_interleave(num_responses)
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         most, total = max(limits), len(prompts) * num_responses
@@ -204,6 +219,18 @@ def _align(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def _align_positions(prompts: Sequence[Sequence[int]], seen: Sequence[Seen], device: torch.device) -> Tensor:
+    """Positions of the tokens of aligned prompts, (B, P), or (3, B, P) where one has more than one dimension.
+    Padding is at 0."""
+    length = max(map(len, prompts))
+    rows = [
+        nn.functional.pad(it.positions(len(prompt)).to(device), (length - len(prompt), 0))
+        for prompt, it in zip(prompts, seen, strict=True)
+    ]
+    found = torch.stack(rows, 1)
+    return found[0] if all(it.places is None for it in seen) else found
+
+
 def _decode(model: PreTrainedModel, draws: _Draws, all_done: Callable[[bool], bool]) -> None:
     """Prompts once; then a token at a time of all responses that are not complete."""
     prompts, of_prompts = draws.prompt_ids, draws.prompt_mask
@@ -222,10 +249,11 @@ def _decode(model: PreTrainedModel, draws: _Draws, all_done: Callable[[bool], bo
 
     rows = torch.arange(len(draws.open), device=prompts.device)  # which responses are in the batch
     prompt_of = rows // draws.num_responses
-    logits = compute(prompts, of_prompts, (of_prompts.cumsum(1) - 1).clamp(min=0))[prompt_of]
+    images = image_inputs(model.config, draws.pixels, prompts)
+    logits = compute(prompts, of_prompts, draws.prompt_positions, **images)[prompt_of]
     states.begin(prompt_of)
     mask = torch.cat([of_prompts, of_prompts.new_ones(len(prompts), most)], 1)[prompt_of]
-    positions = of_prompts.sum(1)[prompt_of]
+    positions = draws.prompt_ends[prompt_of]
     with states.attention() as keys:
         for step in range(most):
             tokens = draws.draw(logits, rows, step)
@@ -256,7 +284,9 @@ def _generate(model: PreTrainedModel, draws: _Draws, all_done: Callable[[bool], 
     before = model.generation_config  # whose penalties and the like would be added to what is asked for
     model.generation_config = GenerateConfig(**keys, eos_token_id=draws.stop_ids.tolist() or None)
     try:
-        cast("Any", model).generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+        pixels = [it for it in draws.pixels for _ in range(draws.num_responses)]
+        images = generation_inputs(model.config, pixels, ids)
+        cast("Any", model).generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **images)
     finally:
         model.generation_config = before
 

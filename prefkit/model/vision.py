@@ -160,7 +160,7 @@ def image_inputs(
     config: PretrainedConfig, pixels: Sequence[Mapping[str, Tensor]], input_ids: Tensor
 ) -> Pixels:
     """What the forward of a model takes of the images of a packed batch, whose tokens are `input_ids`."""
-    if not pixels:
+    if not any(pixels):
         return {}
     found = join(pixels, nested=config.model_type in _NESTED)
     if config.model_type in _TOLD_KINDS:
@@ -173,7 +173,7 @@ def generation_inputs(
 ) -> Pixels:
     """What `generate` takes of the images of prompts, whose tokens are `input_ids`; it finds positions by
     itself."""
-    found = image_inputs(config, [it for it in pixels if it], input_ids)
+    found = image_inputs(config, pixels, input_ids)
     if found and config.model_type in _MROPE:
         found["mm_token_type_ids"] = (input_ids == config.image_token_id).int()
     return found

@@ -13,6 +13,7 @@ from prefkit.config.schema import GenerationConfig
 from prefkit.data.conversation import read_conversation
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Label
+from prefkit.data.packing import see
 from prefkit.data.template import ChatTemplate
 from prefkit.model.generate import stop_ids
 from prefkit.model.policy import response_logps
@@ -86,6 +87,7 @@ class Answerer:
                 generation=generation,
                 stop_ids=stop_ids(self.policy.base, self.template),
                 stream=stream,
+                seen=[see(row, self.policy.packer.vision) for row in rows],
             )
         answered = [
             replace(row, response_ids=it.response_ids, labels=_SCORED * len(it.response_ids), pairs=())

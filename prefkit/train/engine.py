@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prefkit.config.schema import GenerationConfig, RunConfig
+from prefkit.data.vision import Seen
 from prefkit.model.rollout import Sampled, Stream, sample_responses
 from prefkit.train.policy import Policy, Say
 
@@ -23,6 +24,7 @@ class Engine(Protocol):
         generation: GenerationConfig,
         stop_ids: Sequence[int],
         stream: Stream,
+        seen: Sequence[Seen] = (),
     ) -> list[Sampled]:
         """Responses to each prompt, as `sample_responses`."""
 
@@ -46,6 +48,7 @@ class PolicyEngine:
         generation: GenerationConfig,
         stop_ids: Sequence[int],
         stream: Stream,
+        seen: Sequence[Seen] = (),
     ) -> list[Sampled]:
         """Responses to each prompt, as `sample_responses`."""
         return sample_responses(
@@ -57,6 +60,7 @@ class PolicyEngine:
             stop_ids=stop_ids,
             stream=stream,
             all_done=self._all_done,
+            seen=seen,
         )
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from peft import PeftModel
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import GenerationConfig, RunConfig
+from prefkit.data.vision import Seen
 from prefkit.model.adapter import TRAINED
 from prefkit.model.rollout import Sampled, Stream, find_limits
 from prefkit.model.sampling import is_greedy
@@ -79,12 +80,15 @@ class VllmEngine:
         generation: GenerationConfig,
         stop_ids: Sequence[int],
         stream: Stream,
+        seen: Sequence[Seen] = (),
     ) -> list[Sampled]:
         """`num_responses` responses to each prompt, as `sample_responses` has it, from the newest weights.
 
         Raises `ModelError` for a prompt that leaves no position for a response, and `UserError` for one that
         the engine has no room for.
         """
+        if any(it.pixels for it in seen):
+            raise UserError(f"rollout_engine: vllm draws for prompts of text alone here: {_INSTEAD}")
         limits = find_limits(self._base, prompts, generation.max_new_tokens)
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         if longest > self._max_length:

@@ -11,18 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkit.config.schema import DataConfig, ModelConfig
+from prefkit.config.schema import DataConfig, GenerationConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample, encode_example
 from prefkit.data.formats import RowFormat, make_example
 from prefkit.data.images import MediaSource
-from prefkit.data.packing import Layout, pack
+from prefkit.data.packing import Layout, pack, see
 from prefkit.data.picking import pick
 from prefkit.data.splitting import split
 from prefkit.data.template import ChatTemplate
+from prefkit.model.attention import plain_attention
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import load_causal_lm
 from prefkit.model.policy import response_logps
-from prefkit.model.vision import load_template
+from prefkit.model.rollout import Stream, sample_responses
+from prefkit.model.vision import generation_inputs, load_template
 from tests.seeing import KINDS, make_seen_rows, save_seeing_model
 
 SHARING = tuple(kind for kind in KINDS if kind != "gemma3")
@@ -173,3 +175,29 @@ def test_positions_after_images_go_on_from_the_largest() -> None:
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawing_sees_each_image_once_and_gives_what_generate_gives(kind: str) -> None:
+    _, template, examples = seen(kind)
+    model, _ = load(kind, "auto")
+    views = [see(example, template.vision) for example in examples]
+    found = sample_responses(
+        model,  # type: ignore[arg-type]
+        [example.prompt_ids for example in examples],
+        numbers=range(len(examples)),
+        num_responses=2,
+        generation=GenerationConfig(do_sample=False, max_new_tokens=6),
+        stop_ids=[],
+        stream=Stream(0, 0),
+        seen=views,
+    )
+    for example, it, sampled in zip(examples, views, found, strict=True):
+        ids = torch.tensor([example.prompt_ids])
+        images = generation_inputs(model.config, [it.pixels], ids)  # type: ignore[arg-type]
+        with plain_attention(model):  # type: ignore[arg-type]
+            whole = model.generate(  # type: ignore[operator]
+                input_ids=ids, **images, max_new_tokens=6, do_sample=False, eos_token_id=None
+            )
+        expected = whole[0, ids.shape[1] :].tolist()
+        assert sampled.response_ids == [expected, expected]
