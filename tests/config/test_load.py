@@ -363,15 +363,15 @@ def test_json(load, problems):
 
 def test_null_and_off_foreign_keys_say_nothing(load):
     lines = "quantization_bit: null\nref_model:\nstreaming: false\npacking: null\nuse_unsloth: off\n"
-    assert load(lines + "hf_hub_token: ''\nfreeze_vision_tower: on\nskip_special_tokens: yes").warnings == ()
+    assert load(lines + "hf_hub_token: ''\nvideo_maxlen: 128\nskip_special_tokens: yes").warnings == ()
 
 
 def test_ignored_keys_come_in_one_warning(load):
-    lines = "use_ipex: true\nlength_penalty: 2.0\nlow_cpu_mem_usage: false\nfreeze_vision_tower: off"
+    lines = "use_ipex: true\nlength_penalty: 2.0\nlow_cpu_mem_usage: false\nvideo_maxlen: 64"
     assert load(lines).warnings == (
         "ignored: use_ipex, low_cpu_mem_usage (concerns speed or memory only); length_penalty (belongs to "
-        "num_beams); freeze_vision_tower (images, video and sound are not in this version, and rows of text "
-        "need no such key)",
+        "num_beams); video_maxlen (video and sound are not in this version, and rows of text and images need "
+        "no such key)",
     )
 
 

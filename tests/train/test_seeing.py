@@ -250,7 +250,8 @@ def test_a_saved_model_is_known_again_by_what_it_sees(write, tmp_path: Path, see
 def test_pixels_are_those_that_were_asked_for(write, tmp_path: Path) -> None:
     """Fewer pixels are fewer tokens, in what is kept and in what is trained."""
     lengths = []
-    for keys in ({}, {"image_max_pixels": 784}, {"image_min_pixels": 4096}):
+    smaller = {"image_max_pixels": 784, "image_min_pixels": 400}
+    for keys in ({}, smaller, {"image_min_pixels": 4096}):
         run(write(max_steps=1, **keys))
         lengths.append(load_rows(write(**keys)))
     assert lengths[1] < lengths[0] < lengths[2]
@@ -278,6 +279,33 @@ def test_a_blind_model_and_a_blind_template_refuse_images(write, tmp_path: Path)
         run(write(template="chatml"))
     kept = run(write(model_name_or_path=str(blind), template="chatml", on_bad_row="skip"))
     assert "images for a blind model" in kept
+
+
+def test_pictures_elsewhere_are_found_by_media_dir(write, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for picture in (tmp_path / "data").glob("*.png"):
+        picture.rename(elsewhere / picture.name)
+    with pytest.raises(DataError, match=r"pairs\.json:1: column 'images', image 1: .*0a\.png is missing"):
+        run(write(max_steps=1))
+    run(write(max_steps=1, media_dir=str(elsewhere)))
+
+
+def test_addresses_are_fetched_from_named_hosts_alone(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read(tmp_path / "data" / "pairs.json")
+    picture = (tmp_path / "data" / "0a.png").read_bytes()
+    rows[0]["images"] = ["https://pictures.example/0a.png"]
+    (tmp_path / "data" / "pairs.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"pairs\.json:1: .*media_hosts: \[pictures\.example\]"):
+        run(write(max_steps=1))
+    asked = []
+    monkeypatch.setattr(
+        "prefkit.data.fetching.fetch", lambda url, hosts: asked.append((url, hosts)) or picture
+    )
+    run(write(max_steps=1, media_hosts=["pictures.example"]))
+    assert asked == [("https://pictures.example/0a.png", ("pictures.example",))]
 
 
 def test_images_of_a_row_that_does_not_fit_reject_it(write) -> None:
