@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import (
         PretrainedConfig,
         PreTrainedModel,
-        PreTrainedTokenizerBase,
         TrainingArguments,
     )
 
@@ -69,14 +68,14 @@ def build_policy(
     Raises `ModelError` for what the model cannot do.
     """
     tokenizer = template.tokenizer
-    base = _load_base(config, args, tokenizer)
+    base = _load_base(config, args, template)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
     model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
     if adapter := config.continued_adapter:
         if is_reward_model(base_of(model)):
-            verify_scores(model, Path(adapter), adapter)
+            verify_scores(model, Path(adapter), adapter, template.vision)
         else:
             verify(model, Path(adapter), adapter, template.vision)
     if is_reward_model(base_of(model)):
@@ -105,17 +104,15 @@ def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: 
         say(f"Value head: that of {config.model.trained_last}, gone on with.")
 
 
-def _load_base(
-    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def _load_base(config: RunConfig, args: TrainingArguments, template: ChatTemplate) -> PreTrainedModel:
     """The model without adapters. A head for scores is a new one only where it is going to be trained."""
     if config.method.stage != "rm":
         return load_causal_lm(config.model, config.longest_row)
     base = load_reward_base(config.model, config.data.cutoff_len, args.seed if args.do_train else None)
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    base.config.get_text_config().pad_token_id = template.tokenizer.pad_token_id
     name = config.model.model_name_or_path
     if not config.model.adapter_name_or_path:
-        verify_scores(base, Path(name), name)
+        verify_scores(base, Path(name), name, template.vision)
     return base
 
 
