@@ -5,9 +5,8 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,8 @@ class Server:
     def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
         self.answer, self.tls = answer, tls
         self.asked: list[bytes] = []
-        self.problems: list[Exception] = []
+        self.num_answered = 0
+        self.heard = threading.Event()  # what was asked, or that nothing was
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.threads: list[threading.Thread] = []
@@ -70,11 +70,12 @@ class Server:
             with connection:
                 asked = connection.recv(65536)
                 self.asked.append(asked)
+                self.heard.set()
                 if asked:
                     self.answer(connection, asked)
-        except OSError as error:  # the other side hung up
+                    self.num_answered += 1
+        except OSError:  # the other side hung up
             connection.close()
-            self.problems.append(error)
 
 
 @contextmanager
@@ -295,11 +296,10 @@ def test_a_name_that_changes_its_address() -> None:
 
 
 def test_nothing_is_sent_to_another_end_than_was_checked() -> None:
-    with (
-        serving(answer(b"picture")) as server,
-        pytest.raises(RowError, match=r"127\.0\.0\.1 is no public address") as caught,
-    ):
-        get(server.port, allows=is_public)
+    with serving(answer(b"picture")) as server:
+        with pytest.raises(RowError, match=r"127\.0\.0\.1 is no public address") as caught:
+            get(server.port, allows=is_public)
+        assert server.heard.wait(10)
     assert caught.value.reason == "image by URL"
     assert server.asked == [b""]
 
@@ -399,12 +399,12 @@ def drip(head: bytes, piece: bytes) -> Answer:
 
     def send(end: socket.socket, asked: bytes) -> None:
         end.sendall(head)
-        if not piece:  # silent until the other side hangs up
-            end.settimeout(5)
-            end.recv(1)
-        for _ in range(200 if piece else 0):
+        for _ in range(200):
+            end.settimeout(0.02)
             end.sendall(piece)
-            time.sleep(0.02)
+            with suppress(TimeoutError):
+                if not end.recv(1):
+                    raise ConnectionError("the other side hung up")
 
     return send
 
@@ -426,6 +426,7 @@ def test_a_slow_drip_is_ended(head: bytes, piece: bytes) -> None:
         pytest.raises(RowError, match=r"took more than 0\.3 s") as caught,
     ):
         get(server.port, seconds=0.3)
+    assert server.num_answered == 0
     assert caught.value.reason == "image not fetched"
 
 
@@ -447,11 +448,27 @@ def test_a_slow_drip_under_tls_is_ended(tmp_path: Path) -> None:
     send = drip(b"HTTP/1.1 200 OK\r\n\r\n", b"a")
     with serving(send, make_tls(tmp_path)) as server, pytest.raises(RowError, match=r"took more than 0\.5 s"):
         get(server.port, tls=make_trusting(tmp_path), seconds=0.5)
+    assert server.num_answered == 0
 
 
 def test_a_silent_handshake_is_ended(tmp_path: Path) -> None:
     with serving(drip(b"", b"")) as server, pytest.raises(RowError, match=r"took more than 0\.3 s"):
         get(server.port, tls=make_trusting(tmp_path), seconds=0.3)
+    assert server.num_answered == 0
+
+
+def test_a_connection_that_comes_after_its_time_is_ended() -> None:
+    here, there = socket.socketpair()
+
+    class Stream:
+        def get_extra_info(self, name: str) -> object:
+            return {"server_addr": (PUBLIC, 443), "socket": here}[name]
+
+    with here, there, fetching._Watch(0.0, is_public) as watch:
+        watch._timer.join()
+        watch.see("connection.connect_tcp.complete", {"return_value": Stream()})
+        there.settimeout(5)
+        assert there.recv(1) == b""
 
 
 def test_a_silent_resolver_is_not_waited_for() -> None:

@@ -288,6 +288,8 @@ source.store("a.png", "x")
 for name in os.listdir(folder):
     if name.startswith("first_"): # the modules of Pillow
         source.store(name, "x")
+if child := os.fork():  # a process that was started keeps the peak of the one that started it
+    sys.exit(os.waitpid(child, 0)[1])
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sorted(os.listdir(folder / "bombs")):
     try:
@@ -303,12 +305,12 @@ def test_bombs_cost_no_memory(source: MediaSource) -> None:
     folder.mkdir()
     for form in ("JPEG", "WEBP"):
         (source.folder / f"first_{form}").write_bytes(plain(form))
-    text = part(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1), 9))
+    packed = zlib.compress(bytes(2**20 - 1), 9)
     bombs = {
         "jpeg": jpeg_of_size(65_000),
         "png": bomb(50_000, 50_000),
         "png_64": bomb(8_001, 8_000),
-        "text": png(8, 8, *[text] * 5000),
+        "text": png(8, 8, *(part(b"zTXt", b"%d\0\0" % number + packed) for number in range(5000))),
         "webp": webp_of_canvas(16_384),
         "webp_widest": webp_of_canvas(2**16 - 1),
     }
@@ -323,7 +325,7 @@ def test_bombs_cost_no_memory(source: MediaSource) -> None:
     *lines, growth = done.stdout.splitlines()
     large = [name for name in (*bombs, "sparse") if name != "text"]
     assert sorted(lines) == sorted([*(f"{name} image too large" for name in large), "text image damaged"])
-    assert int(growth) < 100
+    assert 0 <= int(growth) < 100
 
 
 # Opening again
