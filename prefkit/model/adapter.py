@@ -363,11 +363,11 @@ def save_as_plain_lora(policy: PeftModel, folder: Path) -> None:
 def save_without_head(policy: PeftModel, folder: Path) -> None:
     """Write the adapter of a reward model as one of a language model, its head left out."""
     policy.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
-    leave_out_head(folder, base_of(policy).name_or_path)
+    leave_out_head(folder, str(base_of(policy).name_or_path))
 
 
 def leave_out_head(folder: Path, base: str) -> None:
-    """Make of the adapter of a reward model, in its files, one of the language model that is called `base`."""
+    """Make of the adapter of a reward model, in its files, one of the language model `base`."""
     from peft import TaskType
     from safetensors.torch import load_file, save_file
 

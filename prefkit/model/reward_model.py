@@ -59,7 +59,8 @@ def plain_scores(
     batches: as transformers itself would compute it.
 
     Rows of like length are computed together, padded on the right, up to `batch_tokens` with the padding.
-    Where a row has places for an image, `vision` shows it `probe_picture`, and it is computed alone. Raises `UserError` for an empty row and for ids that the model does not have.
+    Where a row has places for an image, `vision` shows it `probe_picture`, and it is computed alone. Raises
+    `UserError` for an empty row and for ids that the model does not have.
     """
     base = base_of(model)
     _check_ids(rows, num_rows(base))
@@ -154,11 +155,9 @@ def make_score_probe(
     vision = template.vision if template is not None else None
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_PROBED]
     rows = [
-        [
-            token
-            for token in (*example.prompt_ids, *response)
-            if vision is None or token != vision.token_id
-        ][-_MOST_TOKENS:]
+        [token for token in (*example.prompt_ids, *response) if vision is None or token != vision.token_id][
+            -_MOST_TOKENS:
+        ]
         for example in shortest
         for response in example.response_ids
     ]
@@ -252,9 +251,7 @@ def _comparable(
     return [i for i in everything if token not in probe.rows[i]]
 
 
-def verify_scores(
-    model: nn.Module, folder: Path, name: str, vision: Vision | None = None
-) -> float | None:
+def verify_scores(model: nn.Module, folder: Path, name: str, vision: Vision | None = None) -> float | None:
     """How far the scores of the model, which sees by `vision`, are from those that were saved in `folder`,
     relative to their size or 1.
 

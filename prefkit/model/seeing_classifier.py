@@ -1,8 +1,8 @@
-"""Reward models that see, of architectures for which transformers has no class with a head for scores.
+"""Reward models that see, where transformers has no class with a head for scores for the architecture.
 
-The class that is made here is transformers' own way of making one: the decoder, which sees, under `model`, and a
-linear head `score` beside it. Weights have the names that they have in the language model. transformers itself
-does not know the class: what is saved can be read through here alone, or as a decoder and a head apart.
+The class that is made here is made as transformers makes its own: the decoder, which sees, under `model`, and
+a linear head `score` beside it. Weights have the names that they have in the language model. transformers does
+not know the class: what is saved can be read through here alone, or as a decoder and a head apart.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 _LANGUAGE, _SCORING = "ForConditionalGeneration", "ForSequenceClassification"
 
 
-def choose_classifier(config: PretrainedConfig) -> Any:
-    """What reads and makes the model for scores of an architecture: transformers' auto class, or the class of
-    ours where that knows none."""
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        AutoModelForSequenceClassification,
-    )
+def has_classifier(config: PretrainedConfig) -> bool:
+    """Whether the model for scores of an architecture is transformers' own, if there is any."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     kind: Any = type(config)
     is_known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if is_known or not is_seeing(config) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    return is_known or not is_seeing(config) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def choose_classifier(config: PretrainedConfig) -> Any:
+    """What reads and makes the model for scores of an architecture: transformers' auto class, or the class of
+    ours where that knows none."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForSequenceClassification
+
+    if has_classifier(config):
         return AutoModelForSequenceClassification
-    language: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    language: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     return _make_class(language, config.model_type)
 
 

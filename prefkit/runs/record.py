@@ -60,9 +60,10 @@ _LOADING_OF_REWARD_ADAPTER = """from transformers import AutoTokenizer
     print(model(inputs["input_ids"]).logits[0, 0].item())"""
 
 
-_LOADING_WITH_HEAD_BESIDE = """Its head is in `value_head.safetensors`, and transformers has no class for the
-model with it. `prefkit score`, `prefkit serve`, `prefkit export` and ppo (`reward_model`) read this folder; what
-export writes is a language model beside its head, whose README computes scores with transformers."""
+_LOADING_WITH_HEAD_BESIDE = """Its head is in `value_head.safetensors`, and transformers has no class
+for the model with it: plain transformers cannot load it. `prefkit score`, `prefkit serve`, `prefkit export`
+and ppo (`reward_model`) read this folder. What export writes is a language model, its head beside it, whose
+README computes scores with transformers."""
 
 
 def write_model_card(
@@ -82,6 +83,7 @@ def write_model_card(
         # Both stand in the config of the base, which knows of neither.
         loading = _LOADING_OF_REWARD_ADAPTER.format(dtype=dtype)
     loading = f"    from {library} import {auto}{kind} as Model\n    {loading}"
+    what = "A LoRA adapter of" if is_adapter else "Tuned from"
     replace_text(
         folder / "README.md",
         f"""---
@@ -89,7 +91,7 @@ base_model: {json.dumps(base_model)}
 library_name: {library}
 ---
 
-{"A LoRA adapter of" if is_adapter else "Tuned from"} {base_model}, trained by prefkit {__version__}: {facts}. The config is in
+{what} {base_model}, trained by prefkit {__version__}: {facts}. The config is in
 `{CONFIG_FILE}`, the data and versions in `{RECORD_FILE}`.
 
 {loading if kind else _LOADING_WITH_HEAD_BESIDE}

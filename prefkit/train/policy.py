@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
 from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
+from prefkit.model.errors import ModelError
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.partners import judged_logps
 from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
 from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_reward_base
-from prefkit.model.reward_model import verify_scores
+from prefkit.model.reward_model import read_score_probe, verify_scores
 from prefkit.model.tuning import prepare_for_training
 from prefkit.model.value import add_value_head, load_value_head
 
@@ -67,6 +68,8 @@ def build_policy(
 
     Raises `ModelError` for what the model cannot do.
     """
+    if config.method.stage != "rm":
+        _refuse_reward_models(config.model.adapter_name_or_path)
     tokenizer = template.tokenizer
     base = _load_base(config, args, template)
     resized = fit_vocabulary(base, tokenizer, config.model)
@@ -88,6 +91,13 @@ def build_policy(
     policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
     _tell_weights(policy, say)
     return policy
+
+
+def _refuse_reward_models(adapters: Sequence[str]) -> None:
+    """Raises `ModelError` for the adapter of a reward model, also where its head is a file beside it."""
+    for path in adapters:
+        if read_score_probe(Path(path).expanduser()) is not None:
+            raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
 
 
 def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: Say) -> None:

@@ -269,7 +269,7 @@ class Run:
         folder, base = self.folder.path, self.policy.base
         write_value_head(folder, cast("nn.Linear", base.score).weight, 0.0)
         if self.config.tuning.finetuning_type == "lora":
-            leave_out_head(folder, base.name_or_path)
+            leave_out_head(folder, str(base.name_or_path))
 
     def _with_answers(self, rows: list[TokenizedExample]) -> list[TokenizedExample]:
         """The rows as they are, or a few of them with greedy answers, where they are prompts alone."""
