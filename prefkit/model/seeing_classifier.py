@@ -1,8 +1,8 @@
 """Reward models that see, where transformers has no class with a head for scores for the architecture.
 
 The class that is made here is made as transformers makes its own: the decoder, which sees, under `model`, and
-a linear head `score` beside it. Weights have the names that they have in the language model. transformers does
-not know the class: what is saved can be read through here alone, or as a decoder and a head apart.
+a linear head `score` beside it. Weights have the names that they have in the language model. transformers
+knows no such class: what is saved can be read through here alone, or as a decoder and a head apart.
 """
 
 from __future__ import annotations

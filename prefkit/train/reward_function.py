@@ -25,7 +25,8 @@ class FunctionJudge:
 
     It is called with a list of prompts, each a list of chat messages (`{"role": ..., "content": ...}`), and
     a list of as many responses, each a text, and with `images=` those of each prompt, if it has a parameter
-    of this name; it returns a list, an array or a tensor of as many numbers. Raises `UserError` when the file or the function is not there or fails to load.
+    of this name; it returns a list, an array or a tensor of as many numbers. Raises `UserError` when the file
+    or the function is not there or fails to load.
     """
 
     def __init__(self, reference: str) -> None:
