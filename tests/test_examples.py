@@ -18,12 +18,14 @@ from prefkit.runs.report import make_console
 from prefkit.runs.use import read_use_config
 from prefkit.train.reward_function import FunctionJudge
 from prefkit.train.run import train
+from tests.seeing import save_seeing_model
 from tests.serve.serving import running_app
 from tests.train.judged import make_answered
 
 ROOT = Path(__file__).parent.parent
 USE, SCORE = (ROOT / "examples" / name for name in ("use.yaml", "score.yaml"))
 EXAMPLES = sorted({*(ROOT / "examples").glob("*.yaml")} - {USE, SCORE})
+SEEING = [file for file in EXAMPLES if file.stem.endswith("_images")]
 PPO = [file for file in EXAMPLES if file.stem.startswith("ppo")]
 
 
@@ -57,7 +59,8 @@ def test_example_trains(
     file: Path, judge: list[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    overrides = [f"model_name_or_path={tiny_model}", *judge]
+    model = save_seeing_model(tmp_path / "model") if file in SEEING else tiny_model
+    overrides = [f"model_name_or_path={model}", *judge]
     if "sample_prompts" in file.read_text():
         overrides += ["sample_prompts=1", "sample_max_new_tokens=4"]
     if file in PPO:

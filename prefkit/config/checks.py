@@ -230,6 +230,13 @@ ERRORS = (
     Check("freeze_modules", ("freeze_trainable_modules", "finetuning_type"),
           lambda v: v.finetuning_type == "freeze" and not v.freeze_trainable_modules,
           "names no module: write all, or remove it"),
+    Check("freeze_all", ("freeze_language_model", "freeze_vision_tower", "freeze_multi_modal_projector"),
+          lambda v: v.freeze_language_model and v.freeze_vision_tower and v.freeze_multi_modal_projector,
+          "nothing is left that is trained: write freeze_vision_tower: false or "
+          "freeze_multi_modal_projector: false"),
+    Check("freeze_language", ("freeze_language_model", "finetuning_type"),
+          lambda v: v.freeze_language_model and v.finetuning_type == "freeze",
+          "finetuning_type: freeze trains layers of the language model: write lora or full"),
     Check("early_stopping_eval", ("early_stopping_steps", "eval_strategy"),
           lambda v: v.early_stopping_steps and v.eval_strategy == "no",
           "watches the evaluations: write eval_strategy: steps or epoch"),

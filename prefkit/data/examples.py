@@ -38,8 +38,8 @@ class Message:
 
     A thought stands at the head of an assistant's `content`, between `<think>` and `</think>`. `calls` are
     the functions that an assistant asks for; the turn of role `tool` has the result of one as its content.
-    Each `<image>` in the content of a prompt stands for an image; `media` are those that the message itself
-    brought, as they were written.
+    Each `<image>` in the content of a prompt stands for an image; `media` has, of each part that is an image,
+    what it brings, as it is written, or None.
     """
 
     role: Role

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal
 
-from prefkit.data.examples import Example, Label, Message, Pair, Response, StoredImage
+from prefkit.data.examples import Example, Label, Message, Pair, Response
 from prefkit.data.images import MediaSource
 from prefkit.data.messages import (
-    PLACEHOLDER,
     TAGS,
     Degenerate,
     RowError,
@@ -24,6 +23,7 @@ from prefkit.data.messages import (
     read_text,
     read_tools,
 )
+from prefkit.data.row_images import read_images
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
@@ -60,7 +60,7 @@ COLUMNS = {
 _OPTIONAL = ("query", "system", "history", "tools")
 # Read only where `columns` names them: columns of these names often mean something else.
 _ON_DEMAND = ("margin", "weight")
-_MEDIA = ("videos", "audios")
+_UNREAD = ("videos", "audios")
 
 
 class TextRow(dict[str, Any]):
@@ -108,7 +108,7 @@ def make_example(
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a row is an object with named columns, not {kind(row)}", "wrong type")
-    for name in _MEDIA:
+    for name in _UNREAD:
         column = layout.column(name)
         if column and row.get(column):
             raise RowError(f"column {column!r}: {name} cannot be read by this version", "video or sound")
@@ -122,40 +122,9 @@ def make_example(
     prompt, responses, pairs = readers[use](row, layout)
     column = layout.column("tools")
     tools = read_tools(row.get(column), f"column {column!r}") if column else ()
-    images = _read_images(row, layout, prompt, media)
+    listing = layout.column("images")
+    images = read_images(row.get(listing) if listing else None, listing, prompt, media)
     return Example(tuple(prompt), tuple(responses), source, tuple(pairs), tools, images)
-
-
-def _read_images(
-    row: Row, layout: RowFormat, prompt: list[Message], media: MediaSource | None
-) -> tuple[StoredImage, ...]:
-    """The images of a row: those of its column, or those that its messages bring themselves.
-
-    Raises `RowError` unless there is one for each `<image>` of the prompt, where there are any.
-    """
-    column = layout.column("images")
-    listed = row.get(column) if column else None
-    given = [] if listed is None or listed == "" else listed if isinstance(listed, list) else [listed]
-    where = f"column {column!r}"
-    if brought := [value for message in prompt for value in message.media]:
-        if given:
-            raise RowError(
-                f"{where} and the messages both have images: keep one of them", "wrong number of images"
-            )
-        given, where = brought, "the messages"
-    number = sum(message.content.count(PLACEHOLDER) for message in prompt)
-    if given and number != len(given):
-        raise RowError(
-            f"{where}: {_counted(len(given), 'image')} for {_counted(number, PLACEHOLDER)} in the prompt",
-            "wrong number of images",
-        )
-    if given and media is None:
-        raise RowError(f"{where}: images are not read here", "images where none are read")
-    return tuple(media.store(value, f"{where}, image {i}") for i, value in enumerate(given, 1) if media)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 or what == PLACEHOLDER else f"{number} {what}s"
 
 
 Parts = tuple[list[Message], list[Response], list[Pair]]

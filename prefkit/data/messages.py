@@ -144,7 +144,7 @@ def _read_content(content: object, where: str) -> tuple[str, tuple[Any, ...]]:
             raise RowError(f"{place}: {part['type']} parts cannot be read by this version", "video or sound")
         if part["type"] in _IMAGES:
             texts.append(PLACEHOLDER)
-            media += _image_of(part)
+            media.append(_image_of(part))
         elif part["type"] in _PARTS:
             thoughts.append(read_text(part.get(part["type"], part.get("text")), place))
         elif part["type"] in ("text", "output_text", "input_text"):
@@ -154,11 +154,10 @@ def _read_content(content: object, where: str) -> tuple[str, tuple[Any, ...]]:
     return with_thought("\n".join(thoughts), "".join(texts)), tuple(media)
 
 
-def _image_of(part: Mapping[str, Any]) -> list[Any]:
-    """The image that a part brings; none where it says only that there is one, which a column then has."""
+def _image_of(part: Mapping[str, Any]) -> Any:
+    """The image that a part brings; None where it says only that there is one, which a column then has."""
     names = (part["type"], "image", "image_url", "url", "path", "bytes", "base64")
-    value = next((part[name] for name in names if part.get(name) is not None), None)
-    return [] if value is None else [value]
+    return next((part[name] for name in names if part.get(name) is not None), None)
 
 
 def _read_function_turn(content: object, where: str) -> Message:

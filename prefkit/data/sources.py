@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -288,11 +289,30 @@ def _load_hub(hub: HubSet) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
+        rows = datasets.load_dataset(
             hub.url, hub.subset, data_dir=hub.folder, split=hub.split, streaming=hub.streams
         )
+        return _with_encoded_images(rows)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"hf_hub_url {hub.url!r} cannot be read: {error}") from error
+
+
+def _with_encoded_images(rows: Any) -> Any:
+    """The rows with images as the bytes they are stored as: what is decoded, and how, is decided here."""
+    features = copy.deepcopy(rows.features)
+    return rows.cast(features) if features and _stop_decoding(features) else rows
+
+
+def _stop_decoding(feature: Any) -> bool:
+    """Whether a feature of the library `datasets` has images, which then are not decoded any more."""
+    if isinstance(feature, Mapping | list):
+        inside = feature.values() if isinstance(feature, Mapping) else feature
+        return sum(map(_stop_decoding, inside)) > 0
+    if type(feature).__name__ == "Image":
+        feature.decode = False
+        return True
+    inner = getattr(feature, "feature", None)
+    return inner is not None and _stop_decoding(inner)
 
 
 def _download_info(repository: str, cache_dir: str | None) -> Path:

@@ -55,6 +55,12 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
             f"lora_target/additional_target: no module named {', '.join(absent)}; "
             f"linear layers here: {', '.join(sorted(linear_names(model)))}"
         )
+    kept = set(frozen)
+    if targets and all(full in kept for full in _named(model, targets)):
+        raise ModelError(
+            f"lora_target: {', '.join(targets)} are frozen: set freeze_vision_tower, "
+            "freeze_multi_modal_projector or freeze_language_model to false, or name others"
+        )
     vocabulary = _vocabulary_names(model) if resized else []
     in_full = list(dict.fromkeys([*config.additional_target, *vocabulary]))
     lora = LoraConfig(
@@ -63,7 +69,7 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        exclude_modules=_excluded(frozen, targets),
+        exclude_modules=[name for name in _named(model, targets) if name in kept] or None,
         modules_to_save=in_full or None,
         ensure_weight_tying=bool(in_full) and model.config.get_text_config().tie_word_embeddings,
         use_rslora=config.use_rslora,
@@ -78,9 +84,10 @@ def add_lora(model: PreTrainedModel, config: TuningConfig, resized: bool = False
     return adapted
 
 
-def _excluded(frozen: Sequence[str], targets: Sequence[str]) -> list[str] | None:
-    """Those of the frozen modules that the targets of an adapter would name as well."""
-    return [name for name in frozen if name in targets or name.rsplit(".", 1)[-1] in targets] or None
+def _named(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """The modules that targets of an adapter name."""
+    names = (name for name, _ in model.named_modules())
+    return [name for name in names if name in targets or name.rsplit(".", 1)[-1] in targets]
 
 
 def _initialisation(config: TuningConfig) -> bool | str:

@@ -32,7 +32,7 @@ from prefkit.model.errors import ModelError
 from prefkit.model.growing_cache import RepeatedPrompts
 from prefkit.model.sampling import draw_tokens, penalise_repetition, random_numbers
 from prefkit.model.shared_decoding import SharedPrompts, can_share_prompts
-from prefkit.model.vision import generation_inputs, image_inputs
+from prefkit.model.vision import generation_inputs, image_inputs, media_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +96,11 @@ def sample_responses(
     base = base_of(model)
     limits = find_limits(base, prompts, generation.max_new_tokens)
     seen = send_to_device(list(seen) or [Seen()] * len(prompts), base.device)
-    draws = _Draws(prompts, seen, numbers, num_responses, generation, stop_ids, stream, limits, base.device)
+    draws = _Draws(
+        *(prompts, seen, numbers, num_responses, generation, stop_ids, stream, limits),
+        forbidden=media_tokens(base.config),
+        device=base.device,
+    )
     obstacle = find_expansion_obstacle(base, max(map(len, prompts)) + generation.max_new_tokens)
     run = _decode if obstacle is None else _generate
     # Not `inference_mode`: what a module keeps for itself meanwhile must be of use in training.
@@ -164,6 +168,7 @@ class _Draws:
         stop_ids: Sequence[int],
         stream: Stream,
         limits: Sequence[int],
+        forbidden: Sequence[int],
         device: torch.device,
     ) -> None:
         self.num_responses, self.generation = num_responses, generation
@@ -174,6 +179,7 @@ class _Draws:
         self.prompt_ends = torch.tensor(ends, device=device)
         self._limits = torch.tensor(limits, device=device).repeat_interleave(num_responses)
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        self._forbidden = torch.tensor(forbidden, dtype=torch.long, device=device)
         most, total = max(limits), len(prompts) * num_responses
         streams = [
             random_numbers(stream.seed, stream.rollout, number, response, most)
@@ -188,6 +194,8 @@ class _Draws:
 
     def draw(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
         """Token number `step` of the responses `rows` (R,), from logits (R, V). (R,)"""
+        # A place for an image that nobody has shown.
+        logits = logits.index_fill(1, self._forbidden, -torch.inf)
         if self.generation.repetition_penalty != 1:
             prompts = self.prompt_ids[rows // self.num_responses]
             seen = torch.cat([prompts, self.drawn[rows, :step]], 1)

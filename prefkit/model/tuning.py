@@ -11,7 +11,7 @@ from prefkit.config.schema import ModelConfig, TuningConfig
 from prefkit.model.adapter import add_lora, base_of, start_from_adapters
 from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model
-from prefkit.model.vision import is_frozen
+from prefkit.model.vision import PARTS, is_frozen
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,6 +35,8 @@ def prepare_for_training(
     """
     from peft import PeftModel
 
+    if config.freeze_language_model and model.config.model_type not in PARTS:
+        raise ModelError(f"freeze_language_model: {model.name_or_path} does not see: remove the key")
     policy: PreTrainedModel | PeftModel = model
     if config.finetuning_type == "lora":
         started = start_from_adapters(model, model_config, config.create_new_adapter)
@@ -47,8 +49,6 @@ def prepare_for_training(
     if config.finetuning_type != "lora":
         for name, weights in model.named_parameters():
             weights.requires_grad_(weights.requires_grad and not is_frozen(name, model.config, config))
-    if not any(weights.requires_grad for weights in policy.parameters()):
-        raise ModelError("freeze_...: nothing is left that is trained: set one of these keys to false")
     _set_dtypes(policy, config, mixed_precision)
     return policy
 

@@ -156,6 +156,14 @@ def _restore(kind: Any, state: dict[str, Any]) -> Any:
     return copied
 
 
+def media_tokens(config: PretrainedConfig) -> list[int]:
+    """Tokens that stand for something shown: no model may write them."""
+    if not is_seeing(config):
+        return []
+    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [token for token in found if token is not None and token < config.get_text_config().vocab_size]
+
+
 def image_inputs(
     config: PretrainedConfig, pixels: Sequence[Mapping[str, Tensor]], input_ids: Tensor
 ) -> Pixels:

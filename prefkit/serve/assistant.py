@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import GenerationConfig
-from prefkit.data.examples import Message
-from prefkit.data.formats import Degenerate
+from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Example, Message, StoredImage
+from prefkit.data.messages import Degenerate, RowError
+from prefkit.data.packing import see
 from prefkit.data.template import ChatTemplate
 from prefkit.model.generate import GREEDY, stop_ids
+from prefkit.model.vision import generation_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,14 +91,16 @@ def respond(
     sampling: Sampling,
     stop: threading.Event | None = None,
     stop_strings: Sequence[str] = (),
+    images: Sequence[StoredImage] = (),
 ) -> Answer:
-    """The assistant's answer to a conversation, to iterate over as it is generated.
+    """The assistant's answer to a conversation, to iterate over as it is generated; `images` are one for each
+    `<image>` in its messages.
 
     It ends early when `stop` is set, within a token, or before the first of `stop_strings` in its text.
-    Raises `UserError` when the template refuses the conversation, `PromptTooLong` when the model has no
-    position left for an answer.
+    Raises `UserError` when the template refuses the conversation or the model does not see, `PromptTooLong`
+    when the model has no position left for an answer.
     """
-    prompt_ids = _encode(assistant, messages)
+    prompt_ids = _encode(assistant, messages, images)
     longest = getattr(assistant.model.config.get_text_config(), "max_position_embeddings", None)
     if longest and len(prompt_ids) >= longest:
         raise PromptTooLong(
@@ -102,7 +108,8 @@ def respond(
             "its answer included."
         )
     room = min(sampling.max_new_tokens, longest - len(prompt_ids)) if longest else sampling.max_new_tokens
-    return Answer(assistant, prompt_ids, sampling, room, stop or threading.Event(), stop_strings)
+    prompt = TokenizedExample(prompt_ids, [], (), "", images=tuple(images))
+    return Answer(assistant, prompt, sampling, room, stop or threading.Event(), stop_strings)
 
 
 class Answer(Iterator[str]):
@@ -115,18 +122,18 @@ class Answer(Iterator[str]):
     def __init__(
         self,
         assistant: Assistant,
-        prompt_ids: list[int],
+        prompt: TokenizedExample,
         sampling: Sampling,
         max_new_tokens: int,
         stop: threading.Event,
         stop_strings: Sequence[str],
     ) -> None:
-        self.prompt_tokens = len(prompt_ids)
+        self.prompt_tokens = len(prompt.prompt_ids)
         self.completion_tokens = 0
         self.reason: Literal["stop", "length"] | None = None
         self._model: Any = assistant.model
         self._tokenizer = assistant.template.tokenizer
-        self._prompt_ids = prompt_ids
+        self._prompt, self._vision = prompt, assistant.template.vision
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stop_ids = stop_ids(assistant.model, assistant.template)
@@ -156,7 +163,8 @@ class Answer(Iterator[str]):
 
     def _generate(self, streamer: TextIteratorStreamer) -> list[int]:
         """The token ids of the answer, the one that ended it included."""
-        ids = torch.tensor([self._prompt_ids], device=self._model.device)
+        ids = torch.tensor([self._prompt.prompt_ids], device=self._model.device)
+        pixels = send_to_device(see(self._prompt, self._vision).pixels, self._model.device)
         device, seed = self._model.device, self._sampling.seed
         # What a seed does to the generators must not reach the next answer.
         accelerators = [] if device.type == "cpu" else [device]
@@ -166,6 +174,7 @@ class Answer(Iterator[str]):
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                **generation_inputs(self._model.config, [pixels], ids),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Halt(self._stop, self._enough)]),
                 max_new_tokens=self._max_new_tokens,
@@ -196,16 +205,17 @@ def _generation_keys(sampling: Sampling) -> dict[str, Any]:
     return {**keys, **drawn, "do_sample": True}
 
 
-def _encode(assistant: Assistant, messages: Sequence[Message]) -> list[int]:
+def _encode(assistant: Assistant, messages: Sequence[Message], images: Sequence[StoredImage]) -> list[int]:
     """Token ids of the conversation, opened for the assistant."""
     try:
         for message in messages:
             message.content.encode()  # the tokenizer's own error for half a surrogate pair says nothing
-        return assistant.template.encode(messages, [])[0]
+        texts = assistant.template.image_texts(Example(tuple(messages), (), "", images=tuple(images)))
+        return assistant.template.encode(messages, [], images=texts)[0]
     except UnicodeEncodeError as error:
         raise UserError("A message has half a surrogate pair, which is no text.") from error
-    except Degenerate as error:
-        raise UserError(f"A message cannot be encoded: {error}.") from error
+    except (Degenerate, RowError) as error:
+        raise UserError(f"The conversation cannot be encoded: {error}.") from error
 
 
 def before_stop(pieces: Iterator[str], stop_strings: Sequence[str], found: threading.Event) -> Iterator[str]:

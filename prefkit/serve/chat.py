@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,9 @@ from rich.text import Text
 
 from prefkit.config.errors import UserError
 from prefkit.config.suggest import nearest
-from prefkit.data.examples import Message
+from prefkit.data.examples import Message, StoredImage
+from prefkit.data.images import MediaSource
+from prefkit.data.messages import PLACEHOLDER, RowError
 from prefkit.serve.assistant import Answer, Assistant, PromptTooLong, Sampling, respond
 
 PROMPT = "> "
@@ -24,6 +27,7 @@ PROMPT = "> "
 _WIDE = 100
 _COMMANDS = {
     "system": "TEXT  set the system message and start anew; without text, show it",
+    "image": "PATH  show a picture with the next line, before its text or where it has <image>",
     "reset": "forget the conversation, keep the system message",
     "compare": "answer with the base model too, or no longer",
     "history": "show the conversation",
@@ -54,6 +58,8 @@ class _Conversation:
         self.console = console
         self.system_text = assistant.template.default_system
         self.turns: list[Message] = []
+        self.images: list[StoredImage] = []  # of the turns
+        self.pending: list[StoredImage] = []  # of the line that comes next
         self.compares = False
         self.over = False
 
@@ -87,8 +93,8 @@ class _Conversation:
             near = nearest(name, list(_COMMANDS))
             hint = f"did you mean /{near}?" if near else "/help lists the commands."
             self._write(f"There is no /{name}: {hint} A space before the slash sends the line as text.\n")
-        elif name == "system":
-            self.system(text.strip())
+        elif name in ("system", "image"):
+            getattr(self, name)(text.strip())
         elif text:
             self._write(f"/{name} takes no text; nothing was done.\n")
         else:
@@ -100,12 +106,33 @@ class _Conversation:
             self._write(f"{shown}\n")
             return
         self.system_text = text
-        self.turns.clear()
+        self._forget()
         self.console.print("The system message is set, and the conversation starts anew.")
 
+    def image(self, text: str) -> None:
+        if self.assistant.template.vision is None:
+            self._write(f"{self.assistant.name} does not see: it reads text alone.\n")
+            return
+        path = Path(text).expanduser()
+        if not path.is_file():
+            self._write(f"There is no file {text!r}: /image PATH shows a PNG, JPEG or WebP picture.\n")
+            return
+        try:
+            self.pending.append(MediaSource(path.parent).store(path.name, "The picture"))
+        except (RowError, UserError) as error:
+            self._write(f"{error}\n")
+            return
+        shown = self.pending[-1]
+        many = f"{len(self.pending)} pictures are" if len(self.pending) > 1 else "It is"
+        self._write(f"{path.name}, {shown.width} x {shown.height}. {many} shown with the next line.\n")
+
     def reset(self) -> None:
-        self.turns.clear()
+        self._forget()
         self.console.print("The conversation is forgotten.")
+
+    def _forget(self) -> None:
+        for said in (self.turns, self.images, self.pending):
+            said.clear()
 
     def compare(self) -> None:
         if not self.assistant.compares:
@@ -135,6 +162,8 @@ class _Conversation:
 
     def _answer(self, text: str) -> None:
         """Answer a line; the two become turns only if there is an answer."""
+        missing = len(self.pending) - text.count(PLACEHOLDER)
+        text = PLACEHOLDER * missing + text
         messages = [*self._messages(), Message("user", text)]
         try:
             content = self._both_answers(messages) if self.compares else self._streamed(messages)
@@ -144,12 +173,14 @@ class _Conversation:
             self._write(f"{error}\nThis line was not sent.\n")
         else:
             self.turns += [Message("user", text), Message("assistant", content)]
+            self.images += self.pending
+            self.pending = []
 
     def _streamed(self, messages: Sequence[Message]) -> str:
         """The answer, printed as it comes."""
         pieces = []
         with _stopped_by_interrupt() as stop:
-            answer = respond(self.assistant, messages, self.sampling, stop)
+            answer = self._respond(messages, stop)
             for piece in answer:
                 self._write(piece)
                 pieces.append(piece)
@@ -183,8 +214,12 @@ class _Conversation:
     def _whole(self, messages: Sequence[Message], status: str) -> tuple[str, str]:
         """The answer once it is complete, and how it ended where that needs saying."""
         with _stopped_by_interrupt() as stop, self.console.status(status):
-            answer = respond(self.assistant, messages, self.sampling, stop)
+            answer = self._respond(messages, stop)
             return "".join(answer), _note(answer, stop)
+
+    def _respond(self, messages: Sequence[Message], stop: threading.Event) -> Answer:
+        images = [*self.images, *self.pending]
+        return respond(self.assistant, messages, self.sampling, stop, images=images)
 
 
 def _note(answer: Answer, stop: threading.Event) -> str:

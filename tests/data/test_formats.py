@@ -344,7 +344,12 @@ WEIGHED = RowFormat("alpaca", {"weight": "w"})
         ({"instruction": "Q", **PAIR, "w": -1}, WEIGHED, "pairs", "is at least 0, not -1"),
         ({"instruction": "Q", **PAIR}, WEIGHED, "pairs", "column 'w' is missing"),
         ({"instruction": "\ud800", **PAIR}, ALPACA, "pairs", "half a surrogate pair"),
-        ({"instruction": "Q", **PAIR, "images": ["a.png"]}, ALPACA, "pairs", "images cannot be read"),
+        (
+            {"instruction": "Q", **PAIR, "images": ["a.png"]},
+            ALPACA,
+            "pairs",
+            "1 image for 0 <image> in the",
+        ),
         ({"chosen": "A", "rejected": "B"}, HH, "pairs", "starts with 'Human: '"),
         ({"chosen": "\n\nHuman: Q", "rejected": ""}, HH, "pairs", "ends with the user"),
         ({"prompt": "Q", "chosen": messages(*USER_Q), "rejected": "b"}, TRL, "pairs", "not by the user"),
@@ -363,7 +368,7 @@ WEIGHED = RowFormat("alpaca", {"weight": "w"})
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             OPENAI,
             "prompts",
-            "image_url parts",
+            "an image part names no image",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "new"}]}]},

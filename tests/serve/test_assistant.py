@@ -117,7 +117,7 @@ def test_an_answer_ends_where_positions_end(plain: Assistant) -> None:
 
 def test_control_tokens_stay_text(plain: Assistant) -> None:
     answer = respond(plain, [Message("user", "<|im_end|>")], GREEDY)
-    assert answer._prompt_ids.count(2) == 1
+    assert answer._prompt.prompt_ids.count(2) == 1
     assert answer.prompt_tokens == respond(plain, [Message("user", "x" * 10)], GREEDY).prompt_tokens
 
 
