@@ -212,7 +212,7 @@ def serve(
     token = os.environ.get("API_KEY") or None
     check_address(host, token)
     print(f"Loading {config.model.trained_last} ...", flush=True)
-    run(load_scorer(config), host, port, token)
+    run(load_scorer(config), host, port, token, config.data.media_hosts)
 
 
 def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:

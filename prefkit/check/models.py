@@ -21,6 +21,7 @@ from prefkit.model.attention import plain_implementation
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
+from prefkit.model.seeing_classifier import choose_classifier
 from prefkit.model.tuning import prepare_for_training
 from prefkit.model.value import add_value_head
 from prefkit.train.policy import choose_policy_logps
@@ -92,7 +93,7 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
 def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> tuple[Any, bool]:
     """The model as its config describes it, with a head for words or for `scores`, and whether rows were
     added for tokens."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
     described = load_model_config(config)
     stored = described.get_text_config().dtype or described.dtype or torch.float32
@@ -101,7 +102,7 @@ def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> t
         options["attn_implementation"] = implementation
     auto_class: Any = AutoModelForCausalLM
     if scores:
-        auto_class, described.num_labels = AutoModelForSequenceClassification, 1
+        auto_class, described.num_labels = choose_classifier(described), 1
     model = auto_class.from_config(described, trust_remote_code=config.trust_remote_code, **options)
     turn_off_dropout(model)
     resized = vocabulary > num_rows(model)
