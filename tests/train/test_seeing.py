@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,35 @@ def test_addresses_are_fetched_from_named_hosts_alone(
 def test_images_of_a_row_that_does_not_fit_reject_it(write) -> None:
     said = run(write(cutoff_len=60, max_steps=1))
     assert "no room for the images of the prompt" in said
+
+
+def test_a_model_learns_what_only_the_pictures_tell(write, tmp_path: Path) -> None:
+    """Held-out pictures of other sizes and places; shown blank ones, the model cannot tell."""
+    generator = random.Random(0)
+    rows = []
+    for i in range(150):
+        right, wrong = generator.sample(("red", "green", "blue", "black"), 2)
+        size = (generator.randrange(24, 40, 4), generator.randrange(24, 40, 4))
+        draw(tmp_path / "data", f"c{i}.png", size, right)
+        turns = [{"from": "human", "value": "<image>Which?"}]
+        answers = {"chosen": right, "rejected": wrong}
+        said = {name: {"from": "gpt", "value": f"{word:6}"} for name, word in answers.items()}
+        rows.append({"conversations": turns, **said, "images": [f"c{i}.png"]})
+    for name, part in (("pairs", rows[:120]), ("held_out", rows[120:])):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(part))
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "data" / "blank.png")
+    blank = [{**row, "images": ["blank.png"]} for row in rows[120:]]
+    (tmp_path / "data" / "blank.json").write_text(json.dumps(blank))
+    info = read(tmp_path / "data" / "dataset_info.json")
+    info |= {name: {**info["pairs"], "file_name": f"{name}.json"} for name in ("held_out", "blank")}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    run(
+        write(
+            **{"finetuning_type": "full", "max_steps": 90, "per_device_train_batch_size": 8},
+            **{**ALL_FREE, "learning_rate": 0.003, "do_eval": True, "logging_steps": 30},
+            **{"eval_dataset": ["held_out", "blank"], "eval_on_each_dataset": True},
+        )
+    )
+    found = read(tmp_path / "out" / "eval_results.json")
+    assert found["eval_held_out_rewards/accuracies"] > 0.9
+    assert found["eval_blank_rewards/accuracies"] < 0.75
