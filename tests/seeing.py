@@ -147,11 +147,19 @@ _MAKERS: dict[str, Any] = {
 KINDS = tuple(_MAKERS)
 
 
-def save_seeing_model(folder: Path, kind: str = "qwen3_vl") -> Path:
-    """Write a tiny random model that sees, with tokenizer and processor, the same each time."""
+def save_seeing_model(
+    folder: Path,
+    kind: str = "qwen3_vl",
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """Write a tiny random model that sees, with tokenizer and processor, the same each time; `text` and
+    `vision` change its sizes."""
     make, extra, image, named = _MAKERS[kind]
     tokenizer = _tokenizer(extra, image, **named)
     described, images, facts = make(tokenizer)
+    for part, changes in (("text_config", text), ("vision_config", vision)):
+        described[part] = {**described[part], **(changes or {})}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **described, tie_word_embeddings=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
