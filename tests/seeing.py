@@ -37,7 +37,8 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% if p.type == 'image' %}IMAGE"
+    "{% elif p.type == 'video' %}VIDEO{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -45,7 +46,8 @@ PARTS = (
 def _tokenizer(extra: list[str], image: str, **named: str) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(extra, special_tokens=True)
-    tokenizer.chat_template = PARTS.replace("IMAGE", image)
+    video = image.replace("image", "video")
+    tokenizer.chat_template = PARTS.replace("IMAGE", image).replace("VIDEO", video)
     for name, token in named.items():
         tokenizer.init_kwargs[name] = token
         setattr(tokenizer, name, token)

@@ -10,7 +10,7 @@ from typing import Any
 from prefkit.config.errors import UserError
 from prefkit.config.schema import DataConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.examples import Example, Message, Response, StoredImage
+from prefkit.data.examples import Example, Medium, Message, Response
 from prefkit.data.messages import PLACEHOLDER, Degenerate
 from prefkit.data.template import ChatTemplate, ConversationRefused
 from prefkit.model.reward_adapter import RewardAdapter
@@ -54,7 +54,7 @@ class Scorer:
         answer: Message,
         tools: Sequence[Mapping[str, Any]] = (),
         has_ended: bool = True,
-        images: Sequence[StoredImage] = (),
+        images: Sequence[Medium] = (),
     ) -> TokenizedExample:
         """A prompt with its images and the assistant's answer, as the template writes them; nothing is cut.
         The turn of an answer that was cut off before its end is left open.
@@ -76,7 +76,7 @@ class Scorer:
         answer: Message,
         tools: Sequence[Mapping[str, Any]] = (),
         has_ended: bool = True,
-        images: Sequence[StoredImage] = (),
+        images: Sequence[Medium] = (),
     ) -> TokenizedExample:
         """The same in at most `max_length` tokens, see `fit_row`, and for any answer: one that the template
         refuses, since it holds what stands for a file, say, is plain text.
@@ -97,14 +97,14 @@ class Scorer:
         return self.fit(prompt_ids, ids if has_ended else self._opened(ids), images)
 
     def fit(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: Sequence[StoredImage] = ()
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: Sequence[Medium] = ()
     ) -> TokenizedExample:
         """The tokens of a prompt with its images and of a response in at most `max_length`, see `fit_row`."""
         vision = self.template.vision
         places = vision.token_id if vision is not None and images else None
         return replace(fit_row(prompt_ids, response_ids, self.max_length, places), images=tuple(images))
 
-    def _texts(self, prompt: Sequence[Message], answer: Message, images: Sequence[StoredImage]) -> list[str]:
+    def _texts(self, prompt: Sequence[Message], answer: Message, images: Sequence[Medium]) -> list[str]:
         """What is written for each image."""
         response = Response(answer.content, "answer", answer.calls)
         return self.template.image_texts(Example(tuple(prompt), (response,), "", images=tuple(images)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefkit.config.errors import UserError
-from prefkit.data.examples import Message, StoredImage
+from prefkit.data.examples import Medium, Message
 
 
 class JudgeFailed(UserError):
@@ -35,7 +35,7 @@ class Answered:
     response_ids: list[int]
     ended: bool
     text: str
-    images: tuple[StoredImage, ...] = ()
+    images: tuple[Medium, ...] = ()
 
 
 class Judge(Protocol):

@@ -57,6 +57,7 @@ _TESTS: dict[str, dict[str, str]] = {
             "freeze_vision_tower freeze_multi_modal_projector freeze_language_model"
         ),
         "test_pixels_are_those_that_were_asked_for": "image_max_pixels image_min_pixels",
+        "test_videos_are_taken_as_the_keys_say": ("video_max_pixels video_min_pixels video_fps video_maxlen"),
         "test_pictures_elsewhere_are_found_by_media_dir": "media_dir",
         "test_addresses_are_fetched_from_named_hosts_alone": "media_hosts",
     },

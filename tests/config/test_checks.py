@@ -91,6 +91,7 @@ BROKEN = {
     "freeze_layers": "finetuning_type: freeze\nfreeze_trainable_layers: 0",
     "freeze_modules": "finetuning_type: freeze\nfreeze_trainable_modules: []",
     "image_pixels": "image_min_pixels: 2000\nimage_max_pixels: 1000",
+    "video_pixels": "video_min_pixels: 2000\nvideo_max_pixels: 1000",
     "freeze_all": "freeze_language_model: true",
     "freeze_language": "freeze_language_model: true\nfreeze_vision_tower: false\nfinetuning_type: freeze",
     "early_stopping_eval": "early_stopping_steps: 3",

@@ -34,7 +34,8 @@ PINNED = {
     "data": {
         "template": None, "dataset": (), "eval_dataset": (), "eval_on_each_dataset": False,
         "dataset_dir": "data", "media_dir": None, "media_hosts": (), "image_max_pixels": 589824,
-        "image_min_pixels": 1024, "cutoff_len": 2048, "truncation": "prefkit", "max_samples": None,
+        "image_min_pixels": 1024, "video_max_pixels": 65536, "video_min_pixels": 256, "video_fps": 2.0,
+        "video_maxlen": 128, "cutoff_len": 2048, "truncation": "prefkit", "max_samples": None,
         "mix_strategy": "concat", "interleave_probs": (), "streaming": False, "buffer_size": 16384,
         "on_bad_row": None, "duplicate_prompts": "keep", "ranked_responses": "group", "tokenized_path": None,
         "overwrite_cache": False, "preprocessing_num_workers": None, "val_size": 0.0, "default_system": None,
@@ -187,7 +188,7 @@ eval_on_each_dataset mix_strategy interleave_probs streaming buffer_size tokeniz
 preprocessing_num_workers kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm
 ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit
 reward_model_type media_dir image_max_pixels image_min_pixels freeze_vision_tower
-freeze_multi_modal_projector freeze_language_model
+freeze_multi_modal_projector freeze_language_model video_max_pixels video_min_pixels video_fps video_maxlen
 """
 
 

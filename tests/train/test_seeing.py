@@ -22,7 +22,7 @@ from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.use import read_use_config
 from prefkit.serve.load import load_model
 from tests.conftest import make_model, make_rows, make_tokenizer
-from tests.seeing import draw, make_seen_rows, save_seeing_model
+from tests.seeing import COLOURS, draw, make_seen_rows, save_seeing_model
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
 REWARD = "def reward(prompts, responses):\n    return [-abs(len(text) - 6.0) for text in responses]\n"
@@ -344,3 +344,22 @@ def test_a_model_learns_what_only_the_pictures_tell(write, tmp_path: Path) -> No
     found = read(tmp_path / "out" / "eval_results.json")
     assert found["eval_held_out_rewards/accuracies"] > 0.9
     assert found["eval_blank_rewards/accuracies"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("video_maxlen", 2), ("video_fps", 1.0), ("video_max_pixels", 784), ("video_min_pixels", 4096)],
+)
+def test_videos_are_taken_as_the_keys_say(write, tmp_path: Path, key: str, value: float) -> None:
+    frames = [draw(tmp_path / "data", f"f{i}.png", (40, 32), colour) for i, colour in enumerate(COLOURS)]
+    row = {"instruction": "<video>What?", "chosen": "Yes.", "rejected": "No no.", "videos": [frames]}
+    rows = [{**row, "instruction": f"<video>What, {i}?"} for i in range(4)]
+    (tmp_path / "data" / "clips.json").write_text(json.dumps(rows))
+    keys = {"dataset": [str(tmp_path / "data" / "clips.json")], "max_steps": 2}
+    run(write(**keys))
+    plain, usual = losses(tmp_path / "out"), load_rows(write(**keys))
+    run(write(**keys, **{key: value}))
+    assert losses(tmp_path / "out") != plain
+    tokens = load_rows(write(**keys, **{key: value}))
+    fewer = key in ("video_maxlen", "video_max_pixels")
+    assert tokens < usual if fewer else tokens > usual if key == "video_min_pixels" else tokens == usual
