@@ -104,7 +104,8 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok", **facts, "max_length": scorer.max_length})
+        sees = scorer.template.vision is not None
+        return JSONResponse({"status": "ok", **facts, "max_length": scorer.max_length, "sees": sees})
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefkit.config.schema import RunConfig
-from prefkit.data.messages import PLACEHOLDER
 from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import find_adapter
 from prefkit.model.fingerprint import fingerprint
@@ -57,9 +56,7 @@ def build_judge(
     elif reward.reward_model and reward.reward_model_type == "full":
         judges.append(open_model_judge(config, template, say, has_images))
     elif reward.reward_model:
-        judges.append(open_server_judge(reward, template.tokenizer, say))
-        if has_images:
-            say(f"Reward model: the server gets texts with {PLACEHOLDER} where images stand, and no images.")
+        judges.append(open_server_judge(reward, template.tokenizer, say, has_images))
     if reward.reward_function:
         judges.append(FunctionJudge(reward.reward_function))
     weights = reward.reward_weights or (1.0,) * len(judges)

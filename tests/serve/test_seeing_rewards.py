@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
-from prefkit.config.schema import DataConfig, ModelConfig  # noqa: E402
+from prefkit.config.schema import DataConfig, ModelConfig, RewardConfig  # noqa: E402
 from prefkit.config.uses import SCORING  # noqa: E402
 from prefkit.data import fetching  # noqa: E402
-from prefkit.data.examples import Message  # noqa: E402
+from prefkit.data.examples import Message, StoredImage  # noqa: E402
 from prefkit.data.images import MediaSource  # noqa: E402
 from prefkit.model.reward import load_reward_base  # noqa: E402
 from prefkit.model.scorer import Scorer  # noqa: E402
@@ -23,6 +24,9 @@ from prefkit.model.vision import load_template  # noqa: E402
 from prefkit.runs.use import read_use_config  # noqa: E402
 from prefkit.serve import images, rewards  # noqa: E402
 from prefkit.serve.load import load_scorer  # noqa: E402
+from prefkit.train import reward_server  # noqa: E402
+from prefkit.train.answered import Answered, JudgeFailed  # noqa: E402
+from prefkit.train.reward_server import open_server_judge  # noqa: E402
 from tests.seeing import draw, save_seeing_model  # noqa: E402
 from tests.serve.serving import running_app  # noqa: E402
 
@@ -143,7 +147,7 @@ def test_what_is_no_picture_is_said(url: str, folder: Path, monkeypatch: pytest.
         (whole[:202], "damaged"),
         ("data:image/png;base64,!!", "not valid base64"),
         ("data:image/gif;base64,R0lGODlhAQABAAAAACw=", "not PNG, JPEG or WebP"),
-        (7, "an image is a path"),
+        (7, "'url' of an image is a text"),
     ):
         reply = post(url, CHATS, messages=[chat(whole), chat(address)])
         assert reply.status_code == 400 and why in reply.json()["error"]["message"], reply.text
@@ -164,3 +168,39 @@ def test_a_model_that_does_not_see_says_so(scorer: Scorer, folder: Path) -> None
         reply = post(url, CHATS, messages=chat(uri(folder / "red.png")))
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "no_vision"
+
+
+def test_a_server_as_the_judge_of_ppo_gets_pictures(
+    url: str, seeing: Scorer, scorer: Scorer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = MediaSource(folder)
+    red, blue = (source.store(name, "it") for name in ("red.png", "blue.png"))
+    asked: list[tuple[str, tuple[StoredImage, ...]]] = [
+        ("<image>What is it?", (red,)),
+        ("Is it <image> or <image>?", (blue, red)),
+        ("Hi", ()),
+        ("<image>", (blue,)),
+    ]
+    answered = [Answered((Message("user", text),), (), [], [2], True, "Red.", given) for text, given in asked]
+    rows = [
+        seeing.encode_answer(one.prompt, Message("assistant", one.text), images=one.images)
+        for one in answered
+    ]
+    own = [score for (score,) in seeing.score(rows)]
+    settings = RewardConfig(reward_model=url, reward_model_type="api")
+    judge = open_server_judge(settings, seeing.template.tokenizer, lambda text: None, has_images=True)
+    assert judge.score(answered) == pytest.approx(own, abs=1e-5)
+    sizes = [len(fields["messages"]) for fields, _ in judge.requests(answered)]
+    monkeypatch.setattr(reward_server, "_IMAGE_BYTES", len((folder / "red.png").read_bytes()) + 9)
+    apart = [indices for _, indices in judge.requests(answered)]
+    assert sizes == [4] and apart == [[0], [1], [2, 3]]
+    assert judge.score(answered) == pytest.approx(own, abs=1e-5)
+    draw(folder, "green.png", colour="green")
+    gone = replace(answered[0], images=(source.store("green.png", "it"),))
+    draw(folder, "green.png", colour="black")
+    with pytest.raises(JudgeFailed, match=r"green\.png has other bytes"):
+        judge.score([gone])
+    with running_app(rewards.make_app(scorer)) as blind:
+        settings = RewardConfig(reward_model=blind, reward_model_type="api")
+        with pytest.raises(JudgeFailed, match="does not see, and the rows have images"):
+            open_server_judge(settings, scorer.template.tokenizer, lambda text: None, has_images=True)
