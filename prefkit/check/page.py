@@ -104,26 +104,29 @@ def _article(material: Material, row: TokenizedExample, whole: TokenizedExample 
         yield '<div class="pictures">'
         yield from (_figure(*it) for it in enumerate(read_pictures(vision, row.images), 1))
         yield "</div>"
-    prompt_cut, cuts = find_cuts(row, whole)
-    if row.truncated and prompt_cut is None and not any(cuts):
+    prompt_cuts, *cuts = find_cuts(row, whole)
+    if row.truncated and not prompt_cuts and not any(cuts):
         yield '<p class="note">Something was cut that has no one place here.</p>'
-    prompt = _take_apart(material.pieces, row.prompt_ids, prompt_cut, range(0))
-    yield _section("Prompt", _size(row.prompt_ids, prompt_cut, "not scored"), prompt)
+    prompt = _take_apart(material.pieces, row.prompt_ids, prompt_cuts, range(0))
+    yield _section("Prompt", _size(row.prompt_ids, prompt_cuts, "not scored"), prompt)
     kinds, is_reward = kinds_of(row), material.config.method.stage == "rm"
-    for i, (kind, ids, cut) in enumerate(zip(kinds, row.response_ids, cuts, strict=True)):
+    for i, (kind, ids, own_cuts) in enumerate(zip(kinds, row.response_ids, cuts, strict=True)):
         scored = range(len(ids) - 1 if is_reward else 0, len(ids))
         name = kind.capitalize() + (f" {i + 1}" if kinds.count(kind) > 1 else "")
-        facts = [_size(ids, cut, "scored at its last token" if is_reward else "scored"), *_remarks(row, i)]
-        parts = _take_apart(material.pieces, ids, cut, scored)
+        facts = [
+            _size(ids, own_cuts, "scored at its last token" if is_reward else "scored"),
+            *_remarks(row, i),
+        ]
+        parts = _take_apart(material.pieces, ids, own_cuts, scored)
         yield _section(name, "; ".join(facts), parts, _CLASSES.get(kind, ""))
     if not row.response_ids:
         yield f'<p class="note">{_NO_RESPONSES}</p>'
     yield "</article>"
 
 
-def _size(ids: Sequence[int], cut: Cut | None, how: str) -> str:
-    lost = f", {len(cut.ids):,} more were cut" if cut else ""
-    return f"{count_of(len(ids), 'token')}, {how}{lost}"
+def _size(ids: Sequence[int], cuts: Sequence[Cut], how: str) -> str:
+    lost = sum(len(cut.ids) for cut in cuts)
+    return f"{count_of(len(ids), 'token')}, {how}" + (f", {lost:,} more were cut" if lost else "")
 
 
 def _remarks(row: TokenizedExample, response: int) -> Iterator[str]:
@@ -183,17 +186,15 @@ def _section(name: str, facts: str, parts: Sequence[tuple[Piece, str]], style: s
 
 
 def _take_apart(
-    pieces: Pieces, ids: Sequence[int], cut: Cut | None, scored: range
+    pieces: Pieces, ids: Sequence[int], cuts: Sequence[Cut], scored: range
 ) -> list[tuple[Piece, str]]:
     """The pieces of a part, each with the element that it is to be in; `scored` are the places of tokens."""
-    bounds = sorted({0, cut.start if cut else 0, scored.start, scored.stop, len(ids)})
+    lost = {cut.start: cut.ids for cut in cuts}
+    bounds = sorted({0, *lost, scored.start, scored.stop, len(ids)})
     found = []
-    for start, end in pairwise(bounds):
-        if cut and cut.start == start:
-            found += [(piece, "del") for piece in pieces.of(cut.ids)]
+    for start, end in pairwise([*bounds, len(ids)]):
+        found += [(piece, "del") for piece in pieces.of(lost.get(start, ()))]
         found += [(piece, "mark" if start in scored else "") for piece in pieces.of(ids[start:end])]
-    if cut and cut.start == len(ids):
-        found += [(piece, "del") for piece in pieces.of(cut.ids)]
     return found
 
 

@@ -55,22 +55,23 @@ def _encode_again(material: Material, encoder: Encoder, wanted: set[str]) -> Ite
                 yield source, encoder.encode(make_example(row, recognised.layout, encoder.use, source, media))
 
 
-def find_cuts(row: TokenizedExample, whole: TokenizedExample | None) -> tuple[Cut | None, list[Cut | None]]:
-    """What was cut from the prompt and from each response of a row; None where nothing was, or where it is
-    not one run of tokens.
+def find_cuts(row: TokenizedExample, whole: TokenizedExample | None) -> list[list[Cut]]:
+    """What was cut from the prompt of a row and from each of its responses; nothing where it cannot be told.
 
-    >>> cut, whole = (TokenizedExample(ids, [[7, 8]], (), "f:1") for ids in ([1, 4, 5], [1, 2, 3, 4, 5]))
-    >>> find_cuts(cut, whole)
-    (Cut(start=1, ids=[2, 3]), [None])
+    >>> row, whole = (TokenizedExample(ids, [[7, 8]], (), "f:1") for ids in ([1, 4, 5], [1, 2, 3, 4, 5]))
+    >>> find_cuts(row, whole)
+    [[Cut(start=1, ids=[2, 3])], []]
     """
-    own = without_partner(row)
-    none: list[Cut | None] = [None] * len(row.response_ids)
+    found: list[list[Cut]] = [[] for _ in range(1 + len(row.response_ids))]
     if whole is None:
-        return None, none
+        return found
+    own = without_partner(row)
     same = (it for it in (whole, *whole.split()) if _holds(it, own))
     response_ids = next((it.response_ids for it in same), own.response_ids)
-    cuts = [_find_cut(*pair) for pair in zip(own.response_ids, response_ids, strict=True)]
-    return _find_cut(row.prompt_ids, whole.prompt_ids), [*cuts, *none[len(cuts) :]]
+    parts = zip([row.prompt_ids, *own.response_ids], [whole.prompt_ids, *response_ids], strict=True)
+    for number, (ids, full) in enumerate(parts):
+        found[number] = _find_cuts(ids, full)
+    return found
 
 
 def _holds(whole: TokenizedExample, row: TokenizedExample) -> bool:
@@ -80,14 +81,17 @@ def _holds(whole: TokenizedExample, row: TokenizedExample) -> bool:
     )
 
 
-def _find_cut(ids: Sequence[int], whole: Sequence[int]) -> Cut | None:
-    head = _common(ids, whole)
-    if len(ids) >= len(whole) or _common(ids[::-1], whole[::-1]) < len(ids) - head:
-        return None
-    return Cut(head, whole[head : head + len(whole) - len(ids)])
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many items two lists start with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def _find_cuts(ids: Sequence[int], whole: Sequence[int]) -> list[Cut]:
+    """What `whole` has besides `ids`, of which the first are at its start and the rest as late as can be."""
+    pairs = zip(ids, whole, strict=False)
+    head = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(whole)))
+    cuts = []
+    end = len(whole)
+    for place in reversed(range(head, len(ids))):
+        at = next((i for i in reversed(range(head, end)) if whole[i] == ids[place]), None)
+        if at is None:
+            return []
+        cuts += [Cut(place + 1, whole[at + 1 : end])]
+        end = at
+    cuts += [Cut(head, whole[head:end])]
+    return [cut for cut in reversed(cuts) if cut.ids]
