@@ -213,8 +213,8 @@ def _tokens(parts: Iterable[tuple[Piece, str]]) -> str:
 def _piece(piece: Piece) -> str:
     text = _text(piece.text)
     if piece.is_image:
-        return f"<b>{text} × {piece.num_tokens:,}</b>"
-    return f"<i>{text}</i>" if piece.is_control else text
+        return f"<b>{text} × {piece.num_tokens:,}</b><wbr>"
+    return f"<i>{text}</i><wbr>" if piece.is_control else text
 
 
 def _text(text: str) -> str:

@@ -32,7 +32,7 @@ from tests.train.forks import call, forks
 
 Write = Callable[..., Path]
 STYLE = Path(__file__).parents[2] / "prefkit" / "check" / "page.css"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 class Page(HTMLParser):
