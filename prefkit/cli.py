@@ -78,6 +78,14 @@ def check(
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 24GB.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the report.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write rows as the model sees them, pictures and tokens, to a page for a browser.",
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows --page shows.")] = 5,
 ) -> None:
     """Tell what a training would do and take; no weights are read. Exits with 3 if it does not fit."""
     from prefkit.config.load import load_config
@@ -90,11 +98,22 @@ def check(
     budget = parse_size(memory) if memory else None
     _quiet_libraries()
 
+    from prefkit.check.material import read_material
+    from prefkit.check.page import check_target, write_page
     from prefkit.check.report import print_report, write_json
-    from prefkit.check.run import check as run
+    from prefkit.check.run import report_on
     from prefkit.runs.report import make_console
 
-    report = run(loaded, budget, lambda text: print(text, file=sys.stderr))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if page:
+        check_target(page)
+    material = read_material(loaded, say)
+    if page:
+        write_page(material, page, rows)
+        say(f"The page of rows is {page}.")
+    report = report_on(material, budget, say)
     if json:
         write_json(report, sys.stdout)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from array import array
@@ -53,8 +52,23 @@ class LengthBias:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images of the rows, how many rows have any, and the tokens that the model's places for them take."""
+
+    images: int
+    rows: int
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Tokens of an image on average."""
+        return self.tokens / self.images
+
+
+@dataclass(frozen=True)
 class Duplicates:
-    """Rows whose prompt, or whose whole, was there before, and held-out prompts that are also trained on."""
+    """Rows whose prompt, images included, or whose whole was there before, and held-out prompts that are also
+    trained on."""
 
     prompts: int
     rows: int
@@ -174,6 +188,22 @@ def kinds_of(example: TokenizedExample) -> list[str]:
     return kinds
 
 
+def count_images(examples: Iterable[TokenizedExample], image_token: int) -> Images | None:
+    """The images of examples, whose tokens are `image_token`; None where there are none.
+
+    >>> from prefkit.data.examples import StoredImage
+    >>> picture = StoredImage("a.png", b"", "", 8, 8)
+    >>> count_images([TokenizedExample([1, 9, 9, 2], [], (), "f:1", images=(picture,))], image_token=9)
+    Images(images=1, rows=1, tokens=2)
+    """
+    images = rows = tokens = 0
+    for example in examples:
+        images += len(example.images)
+        rows += bool(example.images)
+        tokens += example.prompt_ids.count(image_token)
+    return Images(images, rows, tokens) if images else None
+
+
 def find_duplicates(train: Iterable[TokenizedExample], held_out: Iterable[TokenizedExample]) -> Duplicates:
     """Duplicates within each part, and prompts that are in both."""
     counts = Counter[str]()
@@ -181,15 +211,14 @@ def find_duplicates(train: Iterable[TokenizedExample], held_out: Iterable[Tokeni
     return Duplicates(counts["prompts"], counts["rows"], len(seen[0] & seen[1]))
 
 
-def _prompts(examples: Iterable[TokenizedExample], counts: Counter[str]) -> set[bytes]:
-    prompts: set[bytes] = set()
+def _prompts(examples: Iterable[TokenizedExample], counts: Counter[str]) -> set[int]:
+    prompts: set[int] = set()
     rows: set[str] = set()
     for example in examples:
-        prompt = hashlib.blake2b(array("q", example.prompt_ids).tobytes(), digest_size=16).digest()
-        counts["prompts"] += prompt in prompts
+        counts["prompts"] += example.prompt_key in prompts
         row = without_partner(example).key
         counts["rows"] += row in rows
-        prompts.add(prompt)
+        prompts.add(example.prompt_key)
         rows.add(row)
     return prompts
 

@@ -59,10 +59,11 @@ class Estimate:
 
 
 def estimate_memory(models: Models, args: TrainingArguments, rows: Sequence[TokenizedExample]) -> Estimate:
-    """The peak of a training whose largest micro-batch is `rows`."""
+    """The peak of a training whose largest micro-batch is `rows`, whose images are tokens alone."""
+    unseen = [replace(row, images=()) for row in rows]
 
     def batch() -> dict[str, Any]:
-        return pack(rows, models.layout).to_dict()
+        return pack(unseen, models.layout).to_dict()
 
     moment = models.rehearsal.run(batch, HEAP_LIMIT)
     is_on_cpu = args.device.type == "cpu"

@@ -19,7 +19,8 @@ from prefkit.data.packing import Layout
 from prefkit.model.adapter import base_of, find_adapter, read_adapter_config
 from prefkit.model.attention import plain_implementation
 from prefkit.model.batches import prepare_for_batches
-from prefkit.model.load import DTYPES, load_model_config, num_rows, turn_off_dropout
+from prefkit.model.errors import ModelError
+from prefkit.model.load import DTYPES, is_seeing, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
 from prefkit.model.seeing_classifier import choose_classifier
 from prefkit.model.tuning import prepare_for_training
@@ -53,8 +54,11 @@ class Models:
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
-def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, num_train: int) -> Models:
-    """The models of a run whose tokenizer has `vocabulary` tokens and which trains on `num_train` rows.
+def build_models(
+    config: RunConfig, args: TrainingArguments, vocabulary: int, num_train: int, has_images: bool = False
+) -> Models:
+    """The models of a run whose tokenizer has `vocabulary` tokens and which trains on `num_train` rows, of
+    which some may have images.
 
     An adapter that is gone on with is read for its shapes; merged ones change no size. Raises `ModelError`
     for a model or adapter that is not there or does not fit.
@@ -69,7 +73,9 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
             add_value_head(policy)
         if not args.do_train:
             policy.requires_grad_(False)
-        layout = prepare_for_batches(base_of(policy), config.model, config.longest_row, lambda text: None)
+        layout = prepare_for_batches(
+            base_of(policy), config.model, config.longest_row, lambda text: None, has_images
+        )
         second, copies_adapter = _second_model(config, args, policy, layout, num_train, vocabulary)
     needs = needs_reference(config)
     is_adapter = tuning.finetuning_type == "lora"
@@ -93,17 +99,23 @@ def build_models(config: RunConfig, args: TrainingArguments, vocabulary: int, nu
 def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> tuple[Any, bool]:
     """The model as its config describes it, with a head for words or for `scores`, and whether rows were
     added for tokens."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     described = load_model_config(config)
     stored = described.get_text_config().dtype or described.dtype or torch.float32
     options: dict[str, Any] = {"dtype": DTYPES.get(config.dtype, stored)}
     if implementation := plain_implementation(config.flash_attn):
         options["attn_implementation"] = implementation
-    auto_class: Any = AutoModelForCausalLM
+    auto_class: Any = AutoModelForImageTextToText if is_seeing(described) else AutoModelForCausalLM
     if scores:
         auto_class, described.num_labels = choose_classifier(described), 1
-    model = auto_class.from_config(described, trust_remote_code=config.trust_remote_code, **options)
+    try:
+        model = auto_class.from_config(described, trust_remote_code=config.trust_remote_code, **options)
+    except ValueError as error:
+        head = "a head for scores" if scores else "a head for text"
+        raise ModelError(
+            f"{config.model_name_or_path}: transformers has no {described.model_type} with {head}"
+        ) from error
     turn_off_dropout(model)
     resized = vocabulary > num_rows(model)
     if resized:

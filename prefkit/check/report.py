@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefkit.check.advice import Advice
-from prefkit.check.data import DataSummary, Lengths
+from prefkit.check.data import DataSummary, Images, Lengths
 from prefkit.check.outlook import Outlook
 from prefkit.check.run import Memory, Report
 from prefkit.check.settings import show_value
@@ -45,6 +45,7 @@ def print_report(console: Console, report: Report) -> None:
     for summary in report.summaries:
         _print_summary(console, summary)
     _print_duplicates(console, report)
+    _print_images(console, report.images)
     for number, (source, parts) in enumerate(report.examples, 1):
         _heading(console, f"Example {number} of {len(report.examples)}: {source}")
         _print_example(console, parts)
@@ -172,6 +173,16 @@ def _print_duplicates(console: Console, report: Report) -> None:
         _warn(console, "evaluation on prompts that were trained on looks better than it is.")
     if found.rows:
         _warn(console, "a row that is there twice counts twice.")
+
+
+def _print_images(console: Console, images: Images | None) -> None:
+    if images is None:
+        return
+    console.print(
+        f"Images: {images.images:,} in {count_of(images.rows, 'row')}, counted as {images.mean:,.0f} tokens "
+        "each on average.",
+        soft_wrap=False,
+    )
 
 
 def _print_example(console: Console, parts: list[Part]) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from prefkit.check.advice import Advice, find_advice
-from prefkit.check.data import DataSummary, Duplicates, Summary, as_dict, find_duplicates
+from prefkit.check.data import (
+    DataSummary,
+    Duplicates,
+    Images,
+    Summary,
+    as_dict,
+    count_images,
+    find_duplicates,
+)
+from prefkit.check.material import Material, Say, read_material
 from prefkit.check.memory import Estimate, batch_tokens, estimate_memory, largest_batch
 from prefkit.check.models import Models, build_models
 from prefkit.check.outlook import FirstLoss, Outlook, expect_first_loss, look_ahead, look_ahead_in_rollouts
@@ -17,11 +26,9 @@ from prefkit.check.tokens import Part, render
 from prefkit.config.errors import UserError
 from prefkit.config.load import LoadedConfig
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import RunData, load_data
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.ledger import Ledger
 from prefkit.data.streaming import StreamedRows
-from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.judges import check_judges
 from prefkit.train.references import wants_cache
@@ -29,9 +36,7 @@ from prefkit.train.references import wants_cache
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-Say = Callable[[str], None]
 _SHOWN_EXAMPLES = 2
-_MOST_STREAMED = 1000  # rows of a stream that are looked at
 # What a training of a stage holds besides the step that is rehearsed.
 _LEFT_OUT = {
     "ppo": "what the drawing keeps, and a reward model; a response is taken to have max_new_tokens",
@@ -84,6 +89,7 @@ class Report:
     summaries: list[DataSummary]
     duplicates: Duplicates
     held_out: int
+    images: Images | None
     examples: list[tuple[str, list[Part]]]
     layout: str
     num_weights: tuple[int, int]
@@ -100,6 +106,7 @@ class Report:
             "data": [as_dict(summary) for summary in self.summaries],
             "held_out": self.held_out,
             "duplicates": vars(self.duplicates),
+            "images": self.images and {**vars(self.images), "mean_tokens": round(self.images.mean, 1)},
             "examples": [
                 {"source": source, "parts": [part.to_dict() for part in parts]}
                 for source, parts in self.examples
@@ -117,30 +124,34 @@ def check(loaded: LoadedConfig[RunConfig], budget: int | None, say: Say) -> Repo
 
     `say` is told what takes time. Raises `UserError` for whatever would stop the training as well.
     """
-    config = loaded.config
-    args = make_training_arguments(config)
-    template = load_template(config.model, config.data)
-    tokenizer = template.tokenizer
-    warnings = (*loaded.warnings, *_miss_judges(config))
-    say("Reading the data ...")
-    data = load_data(config, template, args.seed, say, lambda items, title: items)
-    is_stream = isinstance(data.train, StreamedRows)
-    train, ledgers = _rows_to_look_at(data, args)
-    models = build_models(config, args, len(tokenizer), len(train))
-    rows = train or data.held_out
+    return report_on(read_material(loaded, say), budget, say)
+
+
+def report_on(material: Material, budget: int | None, say: Say) -> Report:
+    """What a training would do and take that reads `material`. As `check` otherwise."""
+    config, args, data, train = material.config, material.args, material.data, material.rows
+    vision, vocabulary = material.template.vision, len(material.template.tokenizer)
+    models = build_models(config, args, vocabulary, len(train), data.has_images)
+
+    def all_rows() -> Iterable[TokenizedExample]:
+        return chain(train, data.held_out, data.answers)
+
     return Report(
         settings=read_settings(config),
-        warnings=warnings,
-        ledgers=ledgers,
-        summaries=_by_data_set(ledgers, chain(train, data.held_out, data.answers), config.data.cutoff_len),
+        warnings=(*material.loaded.warnings, *_miss_judges(config)),
+        ledgers=material.ledgers,
+        summaries=_by_data_set(material.ledgers, all_rows(), config.data.cutoff_len),
         duplicates=find_duplicates(train, data.held_out),
         held_out=len(data.held_out),
-        examples=[(row.source, render(row, tokenizer)) for row in islice(rows, _SHOWN_EXAMPLES)],
+        images=None if vision is None else count_images(all_rows(), vision.token_id),
+        examples=[
+            (row.source, render(row, material.pieces)) for row in islice(material.shown, _SHOWN_EXAMPLES)
+        ],
         layout=models.layout,
         num_weights=models.num_weights,
-        outlook=_look_ahead(config, args, train, models, is_stream),
+        outlook=_look_ahead(config, args, train, models, isinstance(data.train, StreamedRows)),
         first_loss=expect_first_loss(config),
-        memory=_estimate(config, args, models, len(tokenizer), rows, budget, say),
+        memory=_estimate(material, models, budget, say),
     )
 
 
@@ -185,29 +196,11 @@ def _by_data_set(
     return [summary.finish() for summary in summaries.values()]
 
 
-def _rows_to_look_at(
-    data: RunData, args: TrainingArguments
-) -> tuple[Sequence[TokenizedExample], list[Ledger]]:
-    """The rows that are trained on, or the first of a stream, with the ledgers."""
-    if not isinstance(data.train, StreamedRows):
-        return data.train, data.ledgers
-    number = min(args.max_steps * args.train_batch_size * args.gradient_accumulation_steps, _MOST_STREAMED)
-    rows = list(islice(data.train, number))
-    settled = data.train.settle(len(rows))
-    return rows, [*settled, *data.ledgers[len(settled) :]]
-
-
-def _estimate(
-    config: RunConfig,
-    args: TrainingArguments,
-    models: Models,
-    vocabulary: int,
-    rows: Sequence[TokenizedExample],
-    budget: int | None,
-    say: Say,
-) -> Memory:
+def _estimate(material: Material, models: Models, budget: int | None, say: Say) -> Memory:
     say("Rehearsing a step for its memory ...")
-    rows = _with_responses(rows, config)
+    config, args, has_images = material.config, material.args, material.data.has_images
+    vocabulary = len(material.template.tokenizer)
+    rows = _with_responses(material.shown, config)
     batch = largest_batch(rows, args.per_device_train_batch_size, models.layout)
     estimate = estimate_memory(models, args, batch)
 
@@ -216,7 +209,7 @@ def _estimate(
             return estimate.total
         say(f"Rehearsing with {describe_change(config, changed)} ...")
         other_args = make_training_arguments(changed)
-        other = build_models(changed, other_args, vocabulary, len(rows))
+        other = build_models(changed, other_args, vocabulary, len(rows), has_images)
         cut = [_cut(row, changed.data.cutoff_len) for row in rows]
         own = largest_batch(cut, other_args.per_device_train_batch_size, other.layout)
         return estimate_memory(other, other_args, own).total
@@ -224,8 +217,19 @@ def _estimate(
     too_much = budget is not None and estimate.total > budget
     advice = find_advice(config, budget, peak_with) if budget is not None and too_much else None
     tokens = batch_tokens(batch, models.layout)
-    left_out = _LEFT_OUT.get(config.method.stage, "")
-    return Memory(estimate, args.device.type, len(batch), tokens, budget, advice, left_out)
+    return Memory(
+        estimate, args.device.type, len(batch), tokens, budget, advice, _left_out(config, has_images)
+    )
+
+
+def _left_out(config: RunConfig, has_images: bool) -> str:
+    """What is not in an estimate."""
+    parts = [_LEFT_OUT[config.method.stage]] if config.method.stage in _LEFT_OUT else []
+    if has_images:
+        is_frozen = config.tuning.freeze_vision_tower and config.tuning.freeze_multi_modal_projector
+        which = "frozen image reader" if is_frozen else "image reader, a part of which is trained,"
+        parts.append(f"what the {which} itself takes (an image is counted as the tokens that it has)")
+    return "; ".join(parts)
 
 
 def _with_responses(rows: Sequence[TokenizedExample], config: RunConfig) -> Sequence[TokenizedExample]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,24 +16,17 @@ from rich.console import Console
 
 from prefkit.check.report import print_report, token_text
 from prefkit.check.run import Report, check
-from prefkit.check.tokens import render
+from prefkit.check.tokens import Piece, Pieces, render
 from prefkit.config import load_config
+from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
 from tests.conftest import make_tokenizer
+from tests.seeing import draw
 from tests.spec.test_spec import ROOT, RUN, write
 from tests.train.forks import call, forks
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture
-def bare_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model's folder without its weights."""
-    folder = tmp_path / "bare"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    assert not list(folder.glob("*.safetensors"))
-    return folder
 
 
 def report_of(file: Path, *overrides: str, budget: int | None = None) -> Report:
@@ -66,8 +58,8 @@ def test_json_is_one_object_and_nothing_else(write_config: Write, bare_model: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {
-        *("config", "warnings", "ledger", "data", "held_out", "duplicates", "examples", "layout", "weights"),
-        *("training", "first_loss", "memory"),
+        *("config", "warnings", "ledger", "data", "held_out", "duplicates", "images", "examples"),
+        *("layout", "weights", "training", "first_loss", "memory"),
     }
     assert found["config"]["pref_beta"] == {
         "value": 0.1,
@@ -177,7 +169,7 @@ def test_tokens_are_shown_as_they_are() -> None:
     tokenizer = make_tokenizer()
     ids: list[int] = tokenizer.encode("<|im_start|>a b\n")
     prompt, chosen, rejected = render(
-        TokenizedExample(ids, [[2], ids * 3], (Pair(0, 1),), "f:1"), tokenizer, shown=6
+        TokenizedExample(ids, [[2], ids * 3], (Pair(0, 1),), "f:1"), Pieces(tokenizer, None), shown=6
     )
     assert prompt.texts == ("<|im_start|>", "a", "·", "b", "↵") and prompt.control == (0,)
     assert chosen.texts == ("<|im_end|>",) and chosen.kind == "chosen"
@@ -186,3 +178,57 @@ def test_tokens_are_shown_as_they_are() -> None:
     assert shown.plain == "<|im_start|>|a|· ... 9 more ... ·|b|↵"
     styles = {str(span.style) for span in shown.spans}
     assert {"red", "red reverse"} <= styles and "dim" in {str(s.style) for s in token_text(prompt).spans}
+
+
+def test_a_character_of_several_tokens_is_one_piece_and_an_image_too() -> None:
+    tokenizer = make_tokenizer()
+    image = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert isinstance(image, int)
+    pieces = Pieces(tokenizer, image)
+    assert pieces.of(tokenizer.encode("é日a")) == [Piece("é", 2), Piece("日", 3), Piece("a")]
+    torn = tokenizer.encode("日")[:2]
+    found = pieces.of([*torn, image, image, image, 2])
+    assert [(piece.text, piece.num_tokens) for piece in found[-2:]] == [
+        ("<|im_start|>", 3),
+        ("<|im_end|>", 1),
+    ]
+    assert found[-2].is_image and not found[-1].is_image and found[-1].is_control
+    assert {piece.text for piece in found[:-2]} == {"\ufffd"} and sum(it.num_tokens for it in found) == 6
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "ppo"])
+def test_rows_with_images_are_checked(write_seeing: Write, stage: str) -> None:
+    more = {"reward_model": "rm", "max_new_tokens": 20} if stage == "ppo" else {}
+    report = report_of(write_seeing(stage=stage, image_min_pixels=1, **more))
+    text = printed(report)
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.split())
+    # A token for 8 x 8 pixels; the pictures are 32 x 24, 40 x 32 and 24 x 24, 48 x 24, and so on.
+    tokens = 12 + (20 + 9) + 18 + 15 + (24 + 9) + 12
+    assert report.to_dict()["images"] == {"images": 8, "rows": 6, "tokens": tokens, "mean_tokens": 14.9}
+    assert "Images: 8 in 6 rows, counted as 15 tokens each on average." in flat
+    assert report.examples[0][1][0].texts.count("<|image_pad|> x 12") == 1 and "<|image_pad|>|<|" not in flat
+    assert "what the frozen image reader itself takes (an image is counted as the tokens" in flat
+    lengths = report.summaries[0].lengths["prompt"]
+    assert lengths.largest > 29 and report.memory.batch_tokens > lengths.largest
+
+
+def test_parts_that_learn_of_a_model_that_sees(write_seeing: Write) -> None:
+    whole = report_of(write_seeing(finetuning_type="full"))
+    more = report_of(write_seeing(finetuning_type="full", freeze_vision_tower=False))
+    assert more.num_weights[0] > whole.num_weights[0] and more.num_weights[1] == whole.num_weights[1]
+    assert "image reader, a part of which is trained, itself takes" in " ".join(printed(more).split())
+
+
+def test_a_head_that_transformers_does_not_have_is_an_error(write_seeing: Write) -> None:
+    with pytest.raises(UserError, match="transformers has no qwen3_vl with a head for scores"):
+        report_of(write_seeing(stage="rm"))
+
+
+def test_the_same_question_about_another_picture_is_no_duplicate(write_seeing: Write, tmp_path: Path) -> None:
+    pair = {"chosen": {"from": "gpt", "value": "It is."}, "rejected": {"from": "gpt", "value": "No."}}
+    asked = {"conversations": [{"from": "human", "value": "<image>Is it red?"}], **pair}
+    folder = tmp_path / "seen"
+    rows = [{**asked, "images": [draw(folder, f"{it}.png", colour=it)]} for it in ("red", "blue", "red")]
+    found = report_of(write_seeing(rows)).duplicates
+    assert (found.prompts, found.rows) == (1, 1)
