@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefkit.data.examples import StoredImage
+from prefkit.data.examples import Clip, Medium, StoredImage
 from prefkit.data.images import scale
 from prefkit.data.vision import Pixels, Vision
 
@@ -24,7 +24,7 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a model gets it.
+    """An image as a model gets it, or a video, whose tiles are its frames.
 
     `stored` is its own size and `scaled` the one that it is given to the processor in; `tiles` are what the
     processor makes of it, one for most models, and `num_tokens` the places that the model has for them.
@@ -37,26 +37,53 @@ class Picture:
     num_tokens: int
 
 
-def read_pictures(vision: Vision, images: Sequence[StoredImage]) -> list[Picture]:
-    """The images of one prompt. Raises `DataError` for a file that is gone or has changed."""
-    if not images:
-        return []
+def read_pictures(vision: Vision, images: Sequence[Medium]) -> list[Picture]:
+    """The images and videos of one prompt. Raises `DataError` for a file that is gone or has changed."""
+    stills = [image for image in images if isinstance(image, StoredImage)]
+    found = iter(_read_stills(vision, stills) if stills else ())
+    return [_read_clip(vision, it) if isinstance(it, Clip) else next(found) for it in images]
+
+
+def _read_stills(vision: Vision, images: Sequence[StoredImage]) -> list[Picture]:
     pixels, texts = vision.read(images)
-    written = [vision.processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    places = [[number == vision.token_id for number in ids] for ids in written]
+    places = [_places(vision, text) for text in texts]
     num_runs = [sum(is_place for is_place, _ in groupby(own)) for own in places]
-    processor = vision.processor.image_processor
+    processor, data = vision.processor.image_processor, vision.data
     tiles = _find_tiles(pixels, num_runs, processor)
     return [
         Picture(
             Path(image.path).name or "in the row itself",
             (image.width, image.height),
-            scale(image.width, image.height, vision.min_pixels, vision.max_pixels),
+            scale(image.width, image.height, data.image_min_pixels, data.image_max_pixels),
             tuple(_paint(tile, processor) for tile in own_tiles),
             sum(own_places),
         )
         for image, own_tiles, own_places in zip(images, tiles, places, strict=True)
     ]
+
+
+def _read_clip(vision: Vision, clip: Clip) -> Picture:
+    pixels, (text,) = vision.read([clip])
+    processor, data, first = vision.processor.image_processor, vision.data, clip.frames[0]
+    number, *grid = pixels["video_grid_thw"][0].tolist()
+    frames = [
+        _join_patches(patches, [1, *grid], processor, moment)
+        for patches in pixels["pixel_values_videos"].float().chunk(number)
+        for moment in range(processor.temporal_patch_size)
+    ]
+    return Picture(
+        f"video of {len(clip.frames)} frames",
+        (first.width, first.height),
+        scale(first.width, first.height, data.video_min_pixels, data.video_max_pixels),
+        tuple(_paint(frame, processor) for frame in frames),
+        sum(_places(vision, text)),
+    )
+
+
+def _places(vision: Vision, text: str) -> list[bool]:
+    """Of each token of what stands for an image, whether it takes features."""
+    ids = vision.processor.tokenizer.encode(text, add_special_tokens=False)
+    return [number in vision.token_ids for number in ids]
 
 
 def encode_png(picture: Image) -> bytes:
@@ -85,13 +112,13 @@ def _find_tiles(pixels: Pixels, num_runs: Sequence[int], processor: Any) -> list
     return [list(islice(flat, number)) for number in num_runs]
 
 
-def _join_patches(patches: Tensor, grid: Sequence[int], processor: Any) -> Tensor:
-    """A picture (C, H, W) from its patches (N, C * T * P * P), which lie in squares of M x M; of the T
-    moments the first."""
+def _join_patches(patches: Tensor, grid: Sequence[int], processor: Any, moment: int = 0) -> Tensor:
+    """A picture (C, H, W) from its patches (N, C * T * P * P), which lie in squares of M x M; one of the T
+    moments."""
     _, height, width = grid
     side, moments, merged = processor.patch_size, processor.temporal_patch_size, processor.merge_size
     whole = patches.view(*(height // merged, width // merged, merged, merged), -1, *(moments, side, side))[
-        :, :, :, :, :, 0
+        :, :, :, :, :, moment
     ]
     return whole.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, height * side, width * side)
 
