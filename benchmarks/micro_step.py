@@ -19,7 +19,6 @@ from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import RunData, load_data
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
-from prefkit.data.packing import pack
 from prefkit.model.adapter import base_of
 from prefkit.model.padding import set_pad_token
 from prefkit.model.reference import Reference
@@ -92,7 +91,7 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
     if args.activation_checkpointing:
         base_of(policy.model).activation_checkpointing_enable({"use_reentrant": False})
     packed = [
-        pack([examples[n] for n in range(start, start + rows)], policy.layout).to_dict()
+        policy.packer([examples[n] for n in range(start, start + rows)])
         for start in range(0, len(examples), rows)[:batches]
     ]
     return MicroStep(policy.model, build_stage(config, policy, reference, starts_here=False), packed)

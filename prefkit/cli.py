@@ -184,7 +184,7 @@ def api(
     token = os.environ.get("API_KEY") or None
     check_address(host, token)
     print(f"Loading {config.model.model_name_or_path} ...", flush=True)
-    serve(load_assistant(config), _sampling(config), host, port, token)
+    serve(load_assistant(config), _sampling(config), host, port, token, media_hosts=config.data.media_hosts)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -231,7 +231,7 @@ def serve(
     token = os.environ.get("API_KEY") or None
     check_address(host, token)
     print(f"Loading {config.model.trained_last} ...", flush=True)
-    run(load_scorer(config), host, port, token)
+    run(load_scorer(config), host, port, token, config.data.media_hosts)
 
 
 def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConfig:

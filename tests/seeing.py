@@ -37,7 +37,8 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% if p.type == 'image' %}IMAGE"
+    "{% elif p.type == 'video' %}VIDEO{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -45,7 +46,8 @@ PARTS = (
 def _tokenizer(extra: list[str], image: str, **named: str) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(extra, special_tokens=True)
-    tokenizer.chat_template = PARTS.replace("IMAGE", image)
+    video = image.replace("image", "video")
+    tokenizer.chat_template = PARTS.replace("IMAGE", image).replace("VIDEO", video)
     for name, token in named.items():
         tokenizer.init_kwargs[name] = token
         setattr(tokenizer, name, token)
@@ -147,11 +149,19 @@ _MAKERS: dict[str, Any] = {
 KINDS = tuple(_MAKERS)
 
 
-def save_seeing_model(folder: Path, kind: str = "qwen3_vl") -> Path:
-    """Write a tiny random model that sees, with tokenizer and processor, the same each time."""
+def save_seeing_model(
+    folder: Path,
+    kind: str = "qwen3_vl",
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """Write a tiny random model that sees, with tokenizer and processor, the same each time; `text` and
+    `vision` change its sizes."""
     make, extra, image, named = _MAKERS[kind]
     tokenizer = _tokenizer(extra, image, **named)
     described, images, facts = make(tokenizer)
+    for part, changes in (("text_config", text), ("vision_config", vision)):
+        described[part] = {**described[part], **(changes or {})}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **described, tie_word_embeddings=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

@@ -22,6 +22,7 @@ from prefkit.model.batches import prepare_for_batches
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES, is_seeing, load_model_config, num_rows, turn_off_dropout
 from prefkit.model.reward import HEAD
+from prefkit.model.seeing_classifier import choose_classifier
 from prefkit.model.tuning import prepare_for_training
 from prefkit.model.value import add_value_head
 from prefkit.train.policy import choose_policy_logps
@@ -98,11 +99,7 @@ def build_models(
 def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> tuple[Any, bool]:
     """The model as its config describes it, with a head for words or for `scores`, and whether rows were
     added for tokens."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSequenceClassification,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     described = load_model_config(config)
     stored = described.get_text_config().dtype or described.dtype or torch.float32
@@ -111,7 +108,7 @@ def _build_base(config: ModelConfig, vocabulary: int, scores: bool = False) -> t
         options["attn_implementation"] = implementation
     auto_class: Any = AutoModelForImageTextToText if is_seeing(described) else AutoModelForCausalLM
     if scores:
-        auto_class, described.num_labels = AutoModelForSequenceClassification, 1
+        auto_class, described.num_labels = choose_classifier(described), 1
     try:
         model = auto_class.from_config(described, trust_remote_code=config.trust_remote_code, **options)
     except ValueError as error:

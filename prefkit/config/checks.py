@@ -230,6 +230,12 @@ ERRORS = (
     Check("freeze_modules", ("freeze_trainable_modules", "finetuning_type"),
           lambda v: v.finetuning_type == "freeze" and not v.freeze_trainable_modules,
           "names no module: write all, or remove it"),
+    Check("image_pixels", ("image_min_pixels", "image_max_pixels"),
+          lambda v: v.image_min_pixels > v.image_max_pixels,
+          "is above image_max_pixels: no image has so many pixels and so few"),
+    Check("video_pixels", ("video_min_pixels", "video_max_pixels"),
+          lambda v: v.video_min_pixels > v.video_max_pixels,
+          "is above video_max_pixels: no frame has so many pixels and so few"),
     Check("freeze_all", ("freeze_language_model", "freeze_vision_tower", "freeze_multi_modal_projector"),
           lambda v: v.freeze_language_model and v.freeze_vision_tower and v.freeze_multi_modal_projector,
           "nothing is left that is trained: write freeze_vision_tower: false or "

@@ -134,6 +134,10 @@ class DataConfig:
     image_min_pixels: int = key(
         1024, "Images of fewer pixels are scaled up before the model's own processor.", minimum=1
     )
+    video_max_pixels: int = key(65536, "The same of each frame of a video.", minimum=784)
+    video_min_pixels: int = key(256, "The same of each frame of a video.", minimum=1)
+    video_fps: float = key(2.0, "Frames that a list of frames has for a second.", above=0)
+    video_maxlen: int = key(128, "Most frames taken of a video, evenly.", minimum=1)
     cutoff_len: int = key(2048, "Most tokens of a prompt with one response; more is cut.", minimum=8)
     truncation: str = key(
         "prefkit",

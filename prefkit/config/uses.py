@@ -33,7 +33,7 @@ def _keys_of(group: str, *but: str) -> tuple[str, ...]:
 
 _TRAINED_WITH = (
     *_keys_of("data", "template", "cutoff_len", "default_system", "enable_thinking", "preserve_thinking",
-              "tool_format"),
+              "tool_format", "image_max_pixels", "image_min_pixels"),
     *("batch_layout", "disable_gradient_checkpointing", "moe_aux_loss_coef"),
 )  # fmt: skip
 
@@ -71,7 +71,8 @@ SCORING = Rules(
     (
         *_keys_of("generation"), *_keys_of("export"), "disable_gradient_checkpointing", "moe_aux_loss_coef",
         *_keys_of("data", "template", "cutoff_len", "default_system", "enable_thinking", "preserve_thinking",
-                  "tool_format", "truncation", "dataset_dir"),
+                  "tool_format", "truncation", "dataset_dir", "media_dir", "media_hosts", "image_max_pixels",
+                  "image_min_pixels"),
     ),
 )  # fmt: skip
 EXPORT = Rules(

@@ -11,8 +11,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from prefkit.data.examples import Example, Label, Message, Pair, StoredImage
-from prefkit.data.messages import PLACEHOLDER, Degenerate
+from prefkit.data.examples import Example, Label, Medium, Message, Pair
+from prefkit.data.messages import PLACEHOLDERS, Degenerate
 from prefkit.data.template import ChatTemplate
 
 Truncation = Literal["prefkit", "llamafactory"]
@@ -44,7 +44,7 @@ class TokenizedExample:
     labels: tuple[Label, ...] = ()
     question: str = ""
     conversation: str = ""
-    images: tuple[StoredImage, ...] = ()
+    images: tuple[Medium, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -191,7 +191,7 @@ def _shorten_prompt(example: Example, template: ChatTemplate, texts: Sequence[st
         return template.encode([*system, *turns], messages, example.tools, texts)[0]
 
     while (start := _next_question(turns)) is not None:
-        if texts and any(PLACEHOLDER in turn.content for turn in turns[:start]):
+        if texts and any(PLACEHOLDERS.search(turn.content) for turn in turns[:start]):
             break
         turns = turns[start:]
         if len(ids := encode()) <= room:
@@ -214,13 +214,15 @@ def _next_question(turns: Sequence[Message]) -> int | None:
 
 def _drop_head(text: str, num_tokens: int, template: ChatTemplate, has_images: bool) -> str:
     """The text without its first tokens, but with its images."""
-    if has_images and PLACEHOLDER in text:
-        pieces = text.split(PLACEHOLDER)
+    if has_images and PLACEHOLDERS.search(text):
+        parts = PLACEHOLDERS.split(text)
+        pieces, marks = parts[::2], [*parts[1::2], ""]
         shorter = _drop_head("".join(pieces), num_tokens, template, has_images=False)
         dropped = sum(map(len, pieces)) - len(shorter)
         before = accumulate(map(len, pieces), initial=0)
         kept = (piece[max(dropped - start, 0) :] for piece, start in zip(pieces, before, strict=False))
-        return PLACEHOLDER.join(kept) if shorter else ""
+        joined = "".join(it for pair in zip(kept, marks, strict=True) for it in pair)
+        return joined if shorter else ""
     encoded = template.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
     )

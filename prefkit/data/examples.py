@@ -1,5 +1,6 @@
 """One row of preference data as plain text: a prompt and the responses under it, no tokens yet."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,13 +34,28 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A video: its frames, in order."""
+
+    frames: tuple[StoredImage, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content of all frames."""
+        return hashlib.sha256("".join(frame.digest for frame in self.frames).encode()).hexdigest()
+
+
+Medium = StoredImage | Clip
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
     A thought stands at the head of an assistant's `content`, between `<think>` and `</think>`. `calls` are
     the functions that an assistant asks for; the turn of role `tool` has the result of one as its content.
-    Each `<image>` in the content of a prompt stands for an image; `media` has, of each part that is an image,
-    what it brings, as it is written, or None.
+    Each `<image>` in the content of a prompt stands for an image, each `<video>` for a video; `media` has,
+    of each part that is an image, what it brings, as it is written, or None.
     """
 
     role: Role
@@ -81,7 +97,7 @@ class Example:
 
     The prompt ends with a turn of the user or of a tool; a system turn, if any, comes first. `tools`
     describes, as JSON schemas, the functions that the assistant may call. `pairs` are empty where
-    responses are not compared. `images` are those of the prompt, in order.
+    responses are not compared. `images` are those of the prompt, and its videos, in order.
     """
 
     prompt: tuple[Message, ...]
@@ -89,4 +105,4 @@ class Example:
     source: str
     pairs: tuple[Pair, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
-    images: tuple[StoredImage, ...] = ()
+    images: tuple[Medium, ...] = ()

@@ -29,7 +29,7 @@ class Family:
     `control` are the tokens that the template writes, which must be tokens of the model; `ends` is the one
     of them that ends a turn and becomes the tokenizer's end token, None where the tokenizer's own does.
     `stops` end an answer besides, where the tokenizer has them. `tools` is the tool format. `image` is
-    what is written for an image, to be filled with the tokens of its features.
+    what is written for an image, to be filled with the tokens of its features, `video` for a video.
     """
 
     models: str
@@ -39,10 +39,11 @@ class Family:
     tools: str = "default"
     thinks: bool = False
     image: str = ""
+    video: str = ""
 
 
 _IM = ("<|im_start|>", "<|im_end|>")
-_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_IMAGE, _QWEN_VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 _TURN = ("<start_of_turn>", "<end_of_turn>")
 _DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>")
 
@@ -50,9 +51,21 @@ FAMILIES = {
     "qwen": Family("Qwen 2.5", _IM, "<|im_end|>", tools="qwen"),
     "qwen3": Family("Qwen 3, thinking or both", _IM, "<|im_end|>", tools="qwen", thinks=True),
     "qwen3_nothink": Family("Qwen 3 Instruct 2507", _IM, "<|im_end|>", tools="qwen"),
-    "qwen2_vl": Family("Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE),
-    "qwen3_vl": Family("Qwen 3 VL Thinking", _IM, "<|im_end|>", tools="qwen", thinks=True, image=_QWEN_IMAGE),
-    "qwen3_vl_nothink": Family("Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE),
+    "qwen2_vl": Family(
+        "Qwen 2 VL, Qwen 2.5 VL", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE, video=_QWEN_VIDEO
+    ),
+    "qwen3_vl": Family(
+        "Qwen 3 VL Thinking",
+        _IM,
+        "<|im_end|>",
+        tools="qwen",
+        thinks=True,
+        image=_QWEN_IMAGE,
+        video=_QWEN_VIDEO,
+    ),
+    "qwen3_vl_nothink": Family(
+        "Qwen 3 VL Instruct", _IM, "<|im_end|>", tools="qwen", image=_QWEN_IMAGE, video=_QWEN_VIDEO
+    ),
     "chatml": Family("any with ChatML's tokens", _IM, "<|im_end|>", ("<|im_start|>",)),
     "llama2": Family("Llama 2 Chat"),
     "llama3": Family(

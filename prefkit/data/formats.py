@@ -23,7 +23,7 @@ from prefkit.data.messages import (
     read_text,
     read_tools,
 )
-from prefkit.data.row_images import read_images
+from prefkit.data.row_images import in_order, read_clips, read_images
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
@@ -60,7 +60,6 @@ COLUMNS = {
 _OPTIONAL = ("query", "system", "history", "tools")
 # Read only where `columns` names them: columns of these names often mean something else.
 _ON_DEMAND = ("margin", "weight")
-_UNREAD = ("videos", "audios")
 
 
 class TextRow(dict[str, Any]):
@@ -108,10 +107,9 @@ def make_example(
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a row is an object with named columns, not {kind(row)}", "wrong type")
-    for name in _UNREAD:
-        column = layout.column(name)
-        if column and row.get(column):
-            raise RowError(f"column {column!r}: {name} cannot be read by this version", "video or sound")
+    sounds = layout.column("audios")
+    if sounds and row.get(sounds):
+        raise RowError(f"column {sounds!r}: sound cannot be read by this version", "video or sound")
     readers = {
         "pairs": _read_ranked,
         "judged": _read_judged,
@@ -122,9 +120,11 @@ def make_example(
     prompt, responses, pairs = readers[use](row, layout)
     column = layout.column("tools")
     tools = read_tools(row.get(column), f"column {column!r}") if column else ()
-    listing = layout.column("images")
+    listing, clip_listing = layout.column("images"), layout.column("videos")
     images = read_images(row.get(listing) if listing else None, listing, prompt, media)
-    return Example(tuple(prompt), tuple(responses), source, tuple(pairs), tools, images)
+    clips = read_clips(row.get(clip_listing) if clip_listing else None, clip_listing, prompt, media)
+    shown = in_order(prompt, images, clips)
+    return Example(tuple(prompt), tuple(responses), source, tuple(pairs), tools, shown)
 
 
 Parts = tuple[list[Message], list[Response], list[Pair]]

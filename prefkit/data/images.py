@@ -130,22 +130,36 @@ def open_image(image: StoredImage, min_pixels: int, max_pixels: int) -> Image:
     Raises `DataError` when its file is gone, or has other bytes than when its row was read.
     """
     modes = _import_pillow().Resampling
+    content = read_content(image)
+    try:
+        picture = _decode(content)
+    except RowError as error:
+        raise _data_error(f"{image.path or 'an image'} {error}") from None
+    size = scale(*picture.size, min_pixels, max_pixels)
+    return picture if size == picture.size else picture.resize(size, modes.BICUBIC)
+
+
+def read_content(image: StoredImage) -> bytes:
+    """The encoded bytes of an image. Raises `DataError` as `open_image` does."""
     name = image.path or "an image"
     try:
         content = image.content or _read_file(Path(image.path).parent, (Path(image.path).name,))
-        if hashlib.sha256(content).hexdigest() != image.digest:
-            raise _data_error(
-                f"{name} has other bytes than when its row was read: put the image back as it was"
-            )
-        picture = _decode(content)
     except OSError as error:
         raise _data_error(
             f"{name} was there when its row was read, and now it cannot be: {error.strerror}"
         ) from None
     except RowError as error:
         raise _data_error(f"{name} {error}") from None
-    size = scale(*picture.size, min_pixels, max_pixels)
-    return picture if size == picture.size else picture.resize(size, modes.BICUBIC)
+    if hashlib.sha256(content).hexdigest() != image.digest:
+        raise _data_error(f"{name} has other bytes than when its row was read: put the image back as it was")
+    return content
+
+
+def data_uri(image: StoredImage) -> str:
+    """An image as the text that `MediaSource` reads. Raises `DataError` as `open_image` does."""
+    content = read_content(image)
+    known, *_ = _read_header(content)
+    return f"data:image/{known.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def scale(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

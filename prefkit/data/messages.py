@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ _SYNONYMS = {"developer": "system_tag", "function": "observation_tag"}
 _PARTS = ("thinking", "reasoning")
 _IMAGES = ("image", "image_url", "input_image")
 _MEDIA = ("video", "video_url", "audio", "input_audio")
-# What stands for an image in a text.
-PLACEHOLDER = "<image>"
+# What stands for an image, and for a video, in a text.
+PLACEHOLDER, CLIP_PLACEHOLDER = "<image>", "<video>"
+PLACEHOLDERS = re.compile(f"({PLACEHOLDER}|{CLIP_PLACEHOLDER})")
 
 
 class RowError(ValueError):

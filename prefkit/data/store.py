@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefkit.data.encode import TokenizedExample, prompt_key
-from prefkit.data.examples import Pair, StoredImage
+from prefkit.data.examples import Clip, Medium, Pair, StoredImage
 from prefkit.data.ledger import Ledger
 from prefkit.data.readers import DataError
 
@@ -40,6 +40,7 @@ _IMAGE = pa.struct(
         "digest": pa.string(),
         "width": pa.int32(),
         "height": pa.int32(),
+        "clip": pa.int32(),  # of a frame, the place of its video among the images; null for an image
     }
 )
 _SCHEMA = pa.schema(
@@ -98,7 +99,7 @@ class EncodedRows(Sequence[TokenizedExample]):
         row = self._cached[1].slice(place, 1).to_pylist()[0]
         row["pairs"] = tuple(Pair(**pair) for pair in row["pairs"])
         row["labels"] = tuple(row["labels"])
-        row["images"] = tuple(StoredImage(**image) for image in row["images"])
+        row["images"] = _read_media(row["images"])
         del row["times"]
         return TokenizedExample(**row)
 
@@ -151,6 +152,23 @@ class EncodedRows(Sequence[TokenizedExample]):
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
+def _write_media(media: Sequence[Medium]) -> list[dict[str, Any]]:
+    """Images and frames of videos, one after the other, for `_read_media`."""
+    return [
+        {**vars(image), "clip": place if isinstance(medium, Clip) else None}
+        for place, medium in enumerate(media)
+        for image in (medium.frames if isinstance(medium, Clip) else (medium,))
+    ]
+
+
+def _read_media(written: Sequence[dict[str, Any]]) -> tuple[Medium, ...]:
+    media: list[Medium] = []
+    for place, group in groupby(written, lambda image: image.pop("clip")):
+        images = tuple(StoredImage(**image) for image in group)
+        media += images if place is None else (Clip(images),)
+    return tuple(media)
+
+
 class RowWriter:
     """Writes a folder of encoded rows; nothing is there until `finish`."""
 
@@ -176,7 +194,7 @@ class RowWriter:
 
     def append(self, example: TokenizedExample, times: int = 1) -> None:
         """Add a row, which is used so many times in an epoch."""
-        pairs, images = ([asdict(it) for it in many] for many in (example.pairs, example.images))
+        pairs, images = [asdict(pair) for pair in example.pairs], _write_media(example.images)
         self._rows.append({**vars(example), "pairs": pairs, "images": images, "times": times})
         self.num_rows += 1
         if len(self._rows) == _BATCH:

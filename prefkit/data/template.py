@@ -20,9 +20,15 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from prefkit.config.schema import DataConfig
-from prefkit.data.examples import Example, Message
+from prefkit.data.examples import Clip, Example, Message
 from prefkit.data.families import FAMILIES, Family, TemplateError, read_family, read_source
-from prefkit.data.messages import PLACEHOLDER, Degenerate, RowError
+from prefkit.data.messages import (
+    CLIP_PLACEHOLDER,
+    PLACEHOLDER,
+    PLACEHOLDERS,
+    Degenerate,
+    RowError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +43,7 @@ _BORDER, _GUARD = "\ufdd0", "\ufdd1"
 _STEERS = re.compile(
     r"<[|｜].+[|｜]>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tools?|tool_\w+|arg_\w+|(?:start|end)_of_\w+)>"
 )
-_UNREAD_MEDIA = re.compile("<video>|<audio>")
+_SOUND, _VIDEO_OR_SOUND = re.compile("<audio>"), re.compile("<video>|<audio>")
 
 
 class ConversationRefused(TemplateError):
@@ -205,15 +211,23 @@ class ChatTemplate:
                     "images for a blind model",
                 )
             return []
-        if any(PLACEHOLDER in response.content for response in example.responses):
-            raise RowError(f"a response has {PLACEHOLDER}: images stand in the prompt", "image in a response")
-        number = sum(message.content.count(PLACEHOLDER) for message in example.prompt)
-        if number != len(example.images):
+        if any(PLACEHOLDERS.search(response.content) for response in example.responses):
             raise RowError(
-                f"{PLACEHOLDER} stands {number} times in the prompt, for {len(example.images)} images",
-                "wrong number of images",
+                f"a response has {PLACEHOLDER} or {CLIP_PLACEHOLDER}: images stand in the prompt",
+                "image in a response",
             )
-        if not number:
+        marks = [mark for message in example.prompt for mark in PLACEHOLDERS.findall(message.content)]
+        shown = [CLIP_PLACEHOLDER if isinstance(it, Clip) else PLACEHOLDER for it in example.images]
+        if CLIP_PLACEHOLDER in marks and not self.vision.reads_clips:
+            raise RowError(f"{CLIP_PLACEHOLDER}: {self.tokenizer.name_or_path} reads no videos", "no video")
+        for mark in (PLACEHOLDER, CLIP_PLACEHOLDER):
+            if marks.count(mark) != shown.count(mark):
+                raise RowError(
+                    f"{mark} stands {marks.count(mark)} times in the prompt, for {shown.count(mark)} "
+                    f"{mark.strip('<>')}s",
+                    "wrong number of images",
+                )
+        if not marks:
             return []
         if self.family and self.vision.written not in self.family.image:
             raise TemplateError(self._blind_template())
@@ -230,7 +244,7 @@ class ChatTemplate:
 
     def count_places(self, ids: Sequence[int]) -> int:
         """How many tokens take the features of images."""
-        return list(ids).count(self.vision.token_id) if self.vision is not None else 0
+        return sum(token in self.vision.token_ids for token in ids) if self.vision is not None else 0
 
     def encode(
         self,
@@ -274,7 +288,7 @@ class ChatTemplate:
         """The text with what is written for each image in its place."""
         if self.vision is None or not images:
             return text
-        pieces = text.split(self.vision.written)
+        pieces = self.vision.split(text)
         if len(pieces) - 1 != len(images):
             raise ConversationRefused(
                 f"The chat template writes {len(pieces) - 1} images, and the prompt has {len(images)}."
@@ -309,17 +323,25 @@ class ChatTemplate:
     def _content(self, message: Message) -> str | list[dict[str, str]]:
         """The text of a message, guarded but for the marks around an assistant's own thought; for the own
         template of a model that sees as a list of parts."""
-        if self.family and self.family.image and (placeholder := _UNREAD_MEDIA.search(message.content)):
+        reads_clips = self.vision is not None and self.vision.reads_clips
+        unread = _SOUND if reads_clips else _VIDEO_OR_SOUND
+        if self.family and self.family.image and (placeholder := unread.search(message.content)):
             raise ConversationRefused(
                 f"In template {self.name}, {placeholder[0]} stands for a file, which this version "
                 "cannot read."
             )
         if self.vision is None:
             return self._text(message)
-        texts = [self._text(replace(message, content=text)) for text in message.content.split(PLACEHOLDER)]
+        pieces = PLACEHOLDERS.split(message.content)
+        texts = [self._text(replace(message, content=text)) for text in pieces[::2]]
+        marks = pieces[1::2]
         if self.family:
-            return self.family.image.join(texts) if self.family.image else PLACEHOLDER.join(texts)
-        parts = [it for text in texts for it in ({"type": "image"}, {"type": "text", "text": text})][1:]
+            written = {PLACEHOLDER: self.family.image, CLIP_PLACEHOLDER: self.family.video}
+            known = [written[mark] or mark for mark in marks]
+            return "".join(it for pair in zip(texts, [*known, ""], strict=True) for it in pair)
+        parts = [{"type": "text", "text": texts[0]}]
+        for mark, text in zip(marks, texts[1:], strict=True):
+            parts += [{"type": mark.strip("<>")}, {"type": "text", "text": text}]
         return [part for part in parts if part.get("text") != ""] or parts
 
     def _text(self, message: Message) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prefkit.config.schema import ModelConfig, TuningConfig
+from prefkit.files import replace_text
 from prefkit.model.errors import ModelError
 from prefkit.model.load import num_rows
 from prefkit.model.reward import HEAD, HEAD_WEIGHT, is_reward_model, set_value_head
@@ -368,17 +369,21 @@ def save_as_plain_lora(policy: PeftModel, folder: Path) -> None:
 
 def save_without_head(policy: PeftModel, folder: Path) -> None:
     """Write the adapter of a reward model as one of a language model, its head left out."""
-    from peft import TaskType, get_peft_model_state_dict
-    from safetensors.torch import save_file
+    policy.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
+    leave_out_head(folder, str(base_of(policy).name_or_path))
 
-    state = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
-    tensors = {name: it.detach().cpu().contiguous() for name, it in state.items() if name != HEAD_IN_FILE}
-    config: Any = copy.deepcopy(policy.peft_config[TRAINED])
-    config.task_type, config.inference_mode = TaskType.CAUSAL_LM, True
-    config.base_model_name_or_path = base_of(policy).name_or_path
-    config.modules_to_save = [name for name in config.modules_to_save or () if name != HEAD] or None
-    config.save_pretrained(str(folder))
+
+def leave_out_head(folder: Path, base: str) -> None:
+    """Make of the adapter of a reward model, in its files, one of the language model `base`."""
+    from peft import TaskType
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: it.clone() for name, it in load_file(folder / WEIGHTS).items() if name != HEAD_IN_FILE}
+    values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    values |= {"task_type": TaskType.CAUSAL_LM.value, "base_model_name_or_path": base}
+    values["modules_to_save"] = [name for name in values["modules_to_save"] or () if name != HEAD] or None
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    replace_text(folder / _CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def make_probe(
         prompt = [token for token in example.prompt_ids if vision is None or token != vision.token_id]
         rows.append((prompt[-_MOST_TOKENS // 2 :], response))
     if template is not None:
-        rows += _picture_rows(template)
+        rows += picture_rows(template)
     base = base_of(model)
     dtype = str(base.dtype).removeprefix("torch.")
     return Probe(rows, measure(model, rows, vision), dtype, bool(getattr(base, "is_quantized", False)))
@@ -86,7 +86,7 @@ def make_probe(
 Rows = list[tuple[list[int], list[int]]]
 
 
-def _picture_rows(template: ChatTemplate) -> Rows:
+def picture_rows(template: ChatTemplate) -> Rows:
     """A question about `probe_picture`, for a model that sees."""
     if template.vision is None:
         return []
@@ -104,7 +104,7 @@ def question_rows(template: ChatTemplate) -> Rows:
     for question, answer in _QUESTIONS:
         prompt, responses = template.encode([Message("user", question)], [Message("assistant", answer)])
         rows.append((prompt, responses[0]))
-    return rows + _picture_rows(template)
+    return rows + picture_rows(template)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from prefkit.config.schema import ModelConfig
 from prefkit.data.packing import last_positions
 from prefkit.model.errors import ModelError
 from prefkit.model.load import find_model, is_classifier, load_model_config, load_pretrained
+from prefkit.model.seeing_classifier import choose_classifier, is_ours
 from prefkit.model.vision import image_inputs
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ HEAD_WEIGHT = f"{HEAD}.weight"
 VALUE_HEAD = "value_head.safetensors"
 PICKLED_VALUE_HEAD = "value_head.bin"
 _VALUE_WEIGHT, _VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+# What the record of a run says of a head that lies beside an adapter or a model.
+HEAD_FACTS = {
+    "file": VALUE_HEAD,
+    "weight": _VALUE_WEIGHT,
+    "bias": _VALUE_BIAS,
+    "reads": "the decoder's last hidden state at the last token of prompt and response",
+}
 # What the model's forward takes of a packed batch.
 _FORWARD_KEYS = ("input_ids", "position_ids", "attention_mask", "segments", "pixels")
 
@@ -53,22 +61,29 @@ def load_reward_base(config: ModelConfig, max_length: int = 0, seed: int | None 
     Raises `ModelError` when the model is no language or reward model, when weights are missing, among them
     the head of a saved reward model, and when it gives several scores.
     """
-    from transformers import AutoModelForSequenceClassification
-
     has_head = is_classifier(stored := load_model_config(config))
     if has_head and stored.num_labels != 1:
         raise ModelError(f"{config.model_name_or_path} gives {stored.num_labels} scores; a reward is one")
     labels = {} if has_head else {"num_labels": 1}
     with without_load_report():
-        model, missing = load_pretrained(AutoModelForSequenceClassification, config, max_length, **labels)
+        model, missing = load_pretrained(choose_classifier(stored), config, max_length, **labels)
     if not is_reward_model(model):
         raise ModelError(f"{config.model_name_or_path}: {type(model).__name__} has no head named {HEAD}")
     if missing - ({HEAD_WEIGHT} if not has_head else set()):
         name = HEAD_WEIGHT if HEAD_WEIGHT in missing else min(missing)
         raise ModelError(f"{config.model_name_or_path}: the weights lack {name} ({len(missing)} such)")
+    if has_head and is_ours(model):
+        _check_copy(model, find_model(config))
     if not has_head and not set_value_head(model, find_model(config)):
         _start_head(model, seed)
     return model
+
+
+def _check_copy(model: PreTrainedModel, folder: Path) -> None:
+    """Raises `ModelError` where the head beside a model of ours is not the one among its weights."""
+    found, own = read_value_head(folder), cast("nn.Linear", model.score).weight
+    if found is not None and not torch.equal(found[0].to(own), own):
+        raise ModelError(f"{folder / VALUE_HEAD} has changed: it is not the head among the model's weights")
 
 
 @contextmanager

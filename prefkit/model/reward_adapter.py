@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.packing import Layout, Packer
+from prefkit.data.vision import Vision
 from prefkit.model.adapter import (
     HEAD_IN_FILE,
     WEIGHTS,
@@ -28,6 +29,7 @@ from prefkit.model.attention import plain_attention, shares_prompts
 from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD, attach_scores_forward, read_value_head
 from prefkit.model.reward_model import RewardModel, verify_scores
+from prefkit.model.seeing_classifier import choose_classifier
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,10 +79,13 @@ def switched_to(policy: PeftModel, adapter: str) -> Iterator[None]:
             policy.set_adapter(active)
 
 
-def load_reward_adapter(policy: PeftModel, folder: Path, max_length: int, name: str) -> RewardAdapter:
+def load_reward_adapter(
+    policy: PeftModel, folder: Path, max_length: int, name: str, vision: Vision | None = None
+) -> RewardAdapter:
     """Put the adapter of a folder, which our stage `rm` or LLaMA-Factory wrote, beside the policy's own.
 
-    The policy is ready for batches, and rows have at most `max_length` tokens. Raises `ModelError` for what
+    The policy is ready for batches, and rows have at most `max_length` tokens; `vision` is how the reward
+    model sees, if it does. Raises `ModelError` for what
     is no reward model or cannot stand beside another adapter, and when its scores upon these weights are not
     those saved with it.
     """
@@ -95,17 +100,19 @@ def load_reward_adapter(policy: PeftModel, folder: Path, max_length: int, name: 
     with torch.random.fork_rng(devices=[]):  # new layers draw their first weights
         _add(policy, lora, tensors, name)
         shell = _share_decoder(base, head, name)
-    proof = _verify(policy, shell, folder, name)
-    obstacle = read_architecture(base.config).find_obstacle(max_length)
+    proof = _verify(policy, shell, folder, name, vision)
+    obstacle = read_architecture(base.config).find_obstacle(max_length, vision is not None)
     layout: Layout = "shared" if shares_prompts(base) and not obstacle else "repeat"
-    return RewardAdapter(policy, RewardModel(shell, Packer(layout), bias, proof))
+    return RewardAdapter(policy, RewardModel(shell, Packer(layout, vision), bias, proof))
 
 
-def _verify(policy: PeftModel, shell: PreTrainedModel, folder: Path, name: str) -> float | None:
+def _verify(
+    policy: PeftModel, shell: PreTrainedModel, folder: Path, name: str, vision: Vision | None
+) -> float | None:
     """As `verify_scores`, saying what else to do."""
     try:
         with switched_to(policy, REWARD), plain_attention(base_of(policy)):
-            return verify_scores(shell, folder, name)
+            return verify_scores(shell, folder, name, vision)
     except ModelError as error:
         numbers = str(shell.dtype).removeprefix("torch.")
         raise ModelError(
@@ -198,13 +205,11 @@ def _share_decoder(base: PreTrainedModel, head: Tensor, name: str) -> PreTrained
 
 def _empty_reward_model(model_config: Any, name: str) -> PreTrainedModel:
     """The model for scores of an architecture, in evaluation, without weights."""
-    from transformers import AutoModelForSequenceClassification
-
     own = copy.deepcopy(model_config)
     own.num_labels, own._attn_implementation = 1, "eager"
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(own)
+            model: PreTrainedModel = choose_classifier(own).from_config(own)
     except ValueError as error:
         raise ModelError(f"{name}: {str(error).splitlines()[0]}") from error
     return model.eval()

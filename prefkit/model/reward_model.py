@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,19 +18,23 @@ from torch import nn
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Layout, Packer
-from prefkit.data.vision import Vision
+from prefkit.data.packing import Layout, Packer, last_positions, pack
+from prefkit.data.vision import Vision, probe_picture
 from prefkit.files import replace_text
 from prefkit.model.adapter import base_of, find_adapter, start_from_adapters
 from prefkit.model.attention import plain_attention
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES, find_model, fit_vocabulary, load_tokenizer, num_rows
-from prefkit.model.probe import PROBE_FILE
+from prefkit.model.probe import PROBE_FILE, picture_rows
 from prefkit.model.reward import check_head, load_reward_base, read_value_head, response_scores, scores_at
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from prefkit.data.template import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 _PROBED, _MOST_TOKENS = 4, 256
 _BATCH_TOKENS = 8192
@@ -44,24 +50,32 @@ _OTHER_FORMAT = 16
 
 @torch.no_grad()
 def plain_scores(
-    model: nn.Module, rows: Sequence[Sequence[int]], batch_tokens: int = _BATCH_TOKENS
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    batch_tokens: int = _BATCH_TOKENS,
+    vision: Vision | None = None,
 ) -> list[float]:
     """The score of each row of token ids, read at its last token, outside of mixed precision and of packed
     batches: as transformers itself would compute it.
 
     Rows of like length are computed together, padded on the right, up to `batch_tokens` with the padding.
-    Raises `UserError` for an empty row and for ids that the model does not have.
+    Where a row has places for an image, `vision` shows it `probe_picture`, and it is computed alone. Raises
+    `UserError` for an empty row and for ids that the model does not have.
     """
     base = base_of(model)
     _check_ids(rows, num_rows(base))
     scores = [0.0] * len(rows)
+    seen = [i for i, row in enumerate(rows) if vision is not None and vision.token_id in row]
+    plain = [i for i in range(len(rows)) if i not in seen]
     was_training = model.training
     model.eval()
     with plain_attention(base):
-        for batch in _batches([(len(row), 1) for row in rows], "repeat", batch_tokens):
-            found = _score_batch(base, [rows[i] for i in batch])
+        for batch in _batches([(len(rows[i]), 1) for i in plain], "repeat", batch_tokens):
+            found = _score_batch(base, [rows[plain[i]] for i in batch])
             for i, score in zip(batch, found, strict=True):
-                scores[i] = score
+                scores[plain[i]] = score
+        for i in seen:
+            scores[i] = _score_seen(base, rows[i], vision)
     model.train(was_training)
     return scores
 
@@ -107,43 +121,80 @@ def _score_batch(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[f
     return scores
 
 
+def _score_seen(base: PreTrainedModel, row: Sequence[int], vision: Vision | None) -> float:
+    example = replace(whole_row(row), images=(probe_picture(),))
+    batch = send_to_device(pack([example], "repeat", vision).to_dict(), base.device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "pixels")}
+    return float(scores_at(base, last_positions(batch), inputs))
+
+
 @dataclass(frozen=True)
 class ScoreProbe:
     """Rows of token ids with their scores, the weights' dtype, and how far a score computed again may be from
-    its own, relative to its size or 1."""
+    its own, relative to its size or 1.
+
+    Where rows have places for an image, `picture` is a hash of what `probe_picture` was to the model.
+    """
 
     rows: list[list[int]]
     scores: list[float]
     dtype: str
     quantized: bool
     tolerance: float
+    picture: str = ""
 
 
-def make_score_probe(model: nn.Module, examples: Sequence[TokenizedExample]) -> ScoreProbe:
-    """A probe of the model on both responses of the shortest of the examples; see `probe_scores`."""
+def make_score_probe(
+    model: nn.Module, examples: Sequence[TokenizedExample], template: ChatTemplate | None = None
+) -> ScoreProbe:
+    """A probe of the model on both responses of the shortest of the examples; see `probe_scores`.
+
+    Of a model that sees, as `template` says, the images of these are left out, and one row has a picture of
+    ours.
+    """
+    vision = template.vision if template is not None else None
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_PROBED]
     rows = [
-        [*example.prompt_ids, *response][-_MOST_TOKENS:]
+        [token for token in (*example.prompt_ids, *response) if vision is None or token != vision.token_id][
+            -_MOST_TOKENS:
+        ]
         for example in shortest
         for response in example.response_ids
     ]
-    return probe_scores(model, rows)
+    if template is not None:
+        rows += [prompt + response for prompt, response in picture_rows(template)]
+    return probe_scores(model, rows, vision=vision)
 
 
-def probe_scores(model: nn.Module, rows: list[list[int]], offset: float = 0.0) -> ScoreProbe:
-    """A probe of the model on rows of token ids, `offset` added to what its head gives.
+def probe_scores(
+    model: nn.Module, rows: list[list[int]], offset: float = 0.0, vision: Vision | None = None
+) -> ScoreProbe:
+    """A probe of the model, which sees by `vision`, on rows of token ids, `offset` added to what its head
+    gives.
 
     In fp32 the tolerance is `EXACT`. Half precision is allowed 4 times what the scores of rows computed alone
     and in one batch differ by, and a unit in the last place at least.
     """
     base = base_of(model)
     dtype, quantized = str(base.dtype).removeprefix("torch."), bool(getattr(base, "is_quantized", False))
-    scores = plain_scores(model, rows, batch_tokens=1)
-    together = plain_scores(model, rows, batch_tokens=len(rows) * max(map(len, rows)))
+    scores = plain_scores(model, rows, 1, vision)
+    together = plain_scores(model, rows, len(rows) * max(map(len, rows)), vision)
     measured = score_distance(scores, together)
     is_exact = dtype == "float32" and not quantized
     tolerance = EXACT if is_exact else max(_TIMES * measured, _UNIT.get(dtype, _UNIT["bfloat16"]))
-    return ScoreProbe(rows, [score + offset for score in scores], dtype, quantized, tolerance)
+    picture = _picture_of(rows, vision)
+    return ScoreProbe(rows, [score + offset for score in scores], dtype, quantized, tolerance, picture)
+
+
+def _picture_of(rows: Sequence[Sequence[int]], vision: Vision | None) -> str:
+    """A hash of what `probe_picture` is to a model, where one of the rows shows it."""
+    if vision is None or not any(vision.token_id in row for row in rows):
+        return ""
+    pixels, texts = vision.read([probe_picture()])
+    digest = hashlib.sha256("".join(texts).encode())
+    for name in sorted(pixels):
+        digest.update(name.encode() + pixels[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def score_distance(scores: Sequence[float], others: Sequence[float]) -> float:
@@ -158,7 +209,8 @@ def score_distance(scores: Sequence[float], others: Sequence[float]) -> float:
 
 def write_score_probe(probe: ScoreProbe, folder: Path) -> None:
     """Write `probe.json`."""
-    replace_text(folder / PROBE_FILE, json.dumps(asdict(probe)) + "\n")
+    facts = {name: value for name, value in asdict(probe).items() if name != "picture" or value}
+    replace_text(folder / PROBE_FILE, json.dumps(facts) + "\n")
 
 
 def read_score_probe(folder: Path) -> ScoreProbe | None:
@@ -184,8 +236,24 @@ def _read_offset(folder: Path) -> float:
     return value_head[1] if value_head else 0.0
 
 
-def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
-    """How far the model's scores are from those that were saved in `folder`, relative to their size or 1.
+def _comparable(
+    probe: ScoreProbe, model_config: PretrainedConfig, vision: Vision | None, name: str
+) -> list[int]:
+    """The rows of a probe that can be scored as they were. One with a picture cannot where that becomes other
+    pixels: another version of a library or other limits scale it otherwise."""
+    everything = range(len(probe.rows))
+    if probe.picture == _picture_of(probe.rows, vision):
+        return [*everything]
+    logger.warning(
+        "%s: images become other pixels here than in its training; what is compared are scores of text", name
+    )
+    token = getattr(model_config, "image_token_id", None)
+    return [i for i in everything if token not in probe.rows[i]]
+
+
+def verify_scores(model: nn.Module, folder: Path, name: str, vision: Vision | None = None) -> float | None:
+    """How far the scores of the model, which sees by `vision`, are from those that were saved in `folder`,
+    relative to their size or 1.
 
     None where there is nothing to compare: no probe, or one of a model quantised otherwise. Where the weights
     are now in fewer bits than when they were probed, these bits are allowed for. Raises `ModelError` when it
@@ -199,12 +267,13 @@ def verify_scores(model: nn.Module, folder: Path, name: str) -> float | None:
     tolerance = probe.tolerance
     if dtype != probe.dtype:
         tolerance = max(tolerance, _OTHER_FORMAT * max(_UNIT.get(it, 0.0) for it in (dtype, probe.dtype)))
+    compared = _comparable(probe, base.config, vision, name)
     try:
-        found = plain_scores(model, probe.rows, batch_tokens=1)
+        found = plain_scores(model, [probe.rows[i] for i in compared], 1, vision)
     except UserError as error:
         raise ModelError(f"{name} on {base.name_or_path}: {error}: it was trained on another base") from error
     offset = _read_offset(folder)
-    apart = score_distance(probe.scores, [score + offset for score in found])
+    apart = score_distance([probe.scores[i] for i in compared], [score + offset for score in found])
     if not apart <= tolerance:
         read = "" if dtype == probe.dtype else f" It is read in {dtype}; write dtype: {probe.dtype}."
         raise ModelError(
@@ -328,6 +397,6 @@ def open_reward_model(
         model.to(device or torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
     adapters = config.adapter_name_or_path
     folder = find_adapter(adapters[-1], config) if adapters else find_model(config)
-    proof = verify_scores(model, folder, config.trained_last)
+    proof = verify_scores(model, folder, config.trained_last, vision)
     layout = prepare_for_batches(base_of(model), config, cutoff_len, lambda text: None, vision is not None)
     return RewardModel(model, Packer(layout, vision), _read_offset(folder), proof)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import DataConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.examples import Message
-from prefkit.data.messages import Degenerate
+from prefkit.data.examples import Example, Medium, Message, Response
+from prefkit.data.messages import PLACEHOLDER, Degenerate
 from prefkit.data.template import ChatTemplate, ConversationRefused
 from prefkit.model.reward_adapter import RewardAdapter
 from prefkit.model.reward_model import RewardModel, open_reward_model, whole_row
@@ -44,6 +44,8 @@ class Scorer:
         ids: list[int] = self.template.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError("there is no token to score")
+        if self.template.count_places(ids):
+            raise UserError("it has the token of an image, and a text brings none: score messages instead")
         return whole_row(ids[: self._checked(len(ids) if max_length is None else min(len(ids), max_length))])
 
     def encode_answer(
@@ -52,18 +54,21 @@ class Scorer:
         answer: Message,
         tools: Sequence[Mapping[str, Any]] = (),
         has_ended: bool = True,
+        images: Sequence[Medium] = (),
     ) -> TokenizedExample:
-        """A prompt and the assistant's answer, as the template writes them; nothing is cut. The turn of an
-        answer that was cut off before its end is left open.
+        """A prompt with its images and the assistant's answer, as the template writes them; nothing is cut.
+        The turn of an answer that was cut off before its end is left open.
 
-        Raises `RowTooLong`, and `UserError` for a conversation that the template refuses.
+        Raises `RowTooLong`, `UserError` for a conversation that the template refuses, and `RowError` where
+        images are not for this model or not one for each `<image>`.
         """
-        prompt_ids, (ids,) = self.template.encode(prompt, [answer], tools)
+        texts = self._texts(prompt, answer, images)
+        prompt_ids, (ids,) = self.template.encode(prompt, [answer], tools, texts)
         ids = ids if has_ended else self._opened(ids)
         self._checked(len(prompt_ids) + len(ids))
         if not ids:
             raise UserError("the answer has no token to score")
-        return TokenizedExample(prompt_ids, [ids], (), "")
+        return TokenizedExample(prompt_ids, [ids], (), "", images=tuple(images))
 
     def fit_answer(
         self,
@@ -71,21 +76,38 @@ class Scorer:
         answer: Message,
         tools: Sequence[Mapping[str, Any]] = (),
         has_ended: bool = True,
+        images: Sequence[Medium] = (),
     ) -> TokenizedExample:
         """The same in at most `max_length` tokens, see `fit_row`, and for any answer: one that the template
         refuses, since it holds what stands for a file, say, is plain text.
 
-        Raises `UserError` for a prompt that the template refuses.
+        Raises `UserError` for a prompt that the template refuses or whose images have no room, and `RowError`
+        as above.
         """
+        texts = self._texts(prompt, Message("assistant", ""), images)
         try:
-            prompt_ids, (ids,) = self.template.encode(prompt, [answer], tools)
+            _check_answer(answer, self.template)
+            prompt_ids, (ids,) = self.template.encode(prompt, [answer], tools, texts)
         except (Degenerate, ConversationRefused):
-            prompt_ids, _ = self.template.encode(prompt, [], tools)
+            prompt_ids, _ = self.template.encode(prompt, [], tools, texts)
             text = self.template.tokenizer(
                 answer.content, add_special_tokens=False, split_special_tokens=True
             )
             ids = [*text["input_ids"], *self.template.closing]
-        return fit_row(prompt_ids, ids if has_ended else self._opened(ids), self.max_length)
+        return self.fit(prompt_ids, ids if has_ended else self._opened(ids), images)
+
+    def fit(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: Sequence[Medium] = ()
+    ) -> TokenizedExample:
+        """The tokens of a prompt with its images and of a response in at most `max_length`, see `fit_row`."""
+        vision = self.template.vision
+        places = vision.token_id if vision is not None and images else None
+        return replace(fit_row(prompt_ids, response_ids, self.max_length, places), images=tuple(images))
+
+    def _texts(self, prompt: Sequence[Message], answer: Message, images: Sequence[Medium]) -> list[str]:
+        """What is written for each image."""
+        response = Response(answer.content, "answer", answer.calls)
+        return self.template.image_texts(Example(tuple(prompt), (response,), "", images=tuple(images)))
 
     def _opened(self, ids: list[int]) -> list[int]:
         """The ids of an answer without the end of its turn."""
@@ -102,18 +124,39 @@ class Scorer:
         return self.model.score(examples)
 
 
-def fit_row(prompt_ids: Sequence[int], response_ids: Sequence[int], max_length: int) -> TokenizedExample:
+def _check_answer(answer: Message, template: ChatTemplate) -> None:
+    """Raises `ConversationRefused` for an answer in which a template of a model that sees would find an
+    image."""
+    if template.vision is not None and PLACEHOLDER in answer.content:
+        raise ConversationRefused(f"The answer has {PLACEHOLDER}.")
+
+
+def fit_row(
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    max_length: int,
+    image_token: int | None = None,
+) -> TokenizedExample:
     """A prompt and a response, which may be empty, in at most `max_length` tokens.
 
     As where rows are encoded for training, a response is kept up to 3/4 of them, or as far as the prompt
-    leaves room, and loses its tail; the prompt loses its head.
+    leaves room, and loses its tail; the prompt loses its head, but no `image_token` and none beside it.
+    Raises `UserError` where these leave no room.
 
     >>> row = fit_row([1, 2, 3, 4, 5, 6], [7, 8, 9, 10], 8)
     >>> row.prompt_ids, row.response_ids
     ([3, 4, 5, 6], [[7, 8, 9, 10]])
     """
-    kept = list(response_ids[: max(max_length - len(prompt_ids), max_length * 3 // 4)])
-    prompt = list(prompt_ids[-(max_length - len(kept)) :]) if len(kept) < max_length else []
+    is_place = [token == image_token for token in prompt_ids]
+    near = zip(is_place, [False, *is_place], [*is_place[1:], False], strict=False)
+    fixed = [any(it) for it in near]
+    room = max_length - sum(fixed)
+    if any(fixed) and room < 1:
+        raise UserError(f"the images of its prompt leave no room in {max_length} tokens (cutoff_len)")
+    kept = list(response_ids[: min(max(max_length - len(prompt_ids), max_length * 3 // 4), room)])
+    free = [i for i, stays in enumerate(fixed) if not stays]
+    gone = set(free[: max(len(prompt_ids) + len(kept) - max_length, 0)])
+    prompt = [token for i, token in enumerate(prompt_ids) if i not in gone]
     return TokenizedExample(prompt, [kept], (), "") if prompt and kept else whole_row([*prompt, *kept])
 
 

@@ -70,7 +70,7 @@ def load_vision(config: ModelConfig, data: DataConfig, tokenizer: PreTrainedToke
             f"{', '.join(PARTS)}"
         )
     processor = _load_processor(config, model_config, tokenizer)
-    return Vision(processor, model_config, data.image_min_pixels, data.image_max_pixels)
+    return Vision(processor, model_config, data)
 
 
 def load_template(config: ModelConfig, data: DataConfig) -> ChatTemplate:
@@ -183,7 +183,8 @@ def generation_inputs(
     itself."""
     found = image_inputs(config, pixels, input_ids)
     if found and config.model_type in _MROPE:
-        found["mm_token_type_ids"] = (input_ids == config.image_token_id).int()
+        kinds = (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
+        found["mm_token_type_ids"] = kinds
     return found
 
 

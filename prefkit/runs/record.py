@@ -60,33 +60,41 @@ _LOADING_OF_REWARD_ADAPTER = """from transformers import AutoTokenizer
     print(model(inputs["input_ids"]).logits[0, 0].item())"""
 
 
+_LOADING_WITH_HEAD_BESIDE = """Its head is in `value_head.safetensors`, and transformers has no class
+for the model with it: plain transformers cannot load it. `prefkit score`, `prefkit serve`, `prefkit export`
+and ppo (`reward_model`) read this folder. What export writes is a language model, its head beside it, whose
+README computes scores with transformers."""
+
+
 def write_model_card(
-    folder: Path, base_model: str, facts: str, is_adapter: bool, is_reward: bool = False, dtype: str = "auto"
+    folder: Path,
+    base_model: str,
+    facts: str,
+    is_adapter: bool,
+    kind: str = "CausalLM",
+    dtype: str = "auto",
 ) -> None:
-    """Write `README.md`: what the adapter or model is, and how to load it; `dtype` is that of an adapter's
-    base in training."""
-    kind = "SequenceClassification" if is_reward else "CausalLM"
-    what, reader = (
-        ("A LoRA adapter of", f"peft import AutoPeftModelFor{kind} as Model")
-        if is_adapter
-        else ("Tuned from", f"transformers import AutoModelFor{kind} as Model")
-    )
+    """Write `README.md`: what the adapter or model is, and how to load it; `kind` is what transformers calls
+    its models, or empty for a reward model that it has no class for, `dtype` that of an adapter's base in
+    training."""
+    library, auto = ("peft", "AutoPeftModelFor") if is_adapter else ("transformers", "AutoModelFor")
     loading = 'model = Model.from_pretrained("path/to/this/folder")'
-    if is_reward and is_adapter:
+    if kind == "SequenceClassification" and is_adapter:
         # Both stand in the config of the base, which knows of neither.
         loading = _LOADING_OF_REWARD_ADAPTER.format(dtype=dtype)
+    loading = f"    from {library} import {auto}{kind} as Model\n    {loading}"
+    what = "A LoRA adapter of" if is_adapter else "Tuned from"
     replace_text(
         folder / "README.md",
         f"""---
 base_model: {json.dumps(base_model)}
-library_name: {"peft" if is_adapter else "transformers"}
+library_name: {library}
 ---
 
 {what} {base_model}, trained by prefkit {__version__}: {facts}. The config is in
 `{CONFIG_FILE}`, the data and versions in `{RECORD_FILE}`.
 
-    from {reader}
-    {loading}
+{loading if kind else _LOADING_WITH_HEAD_BESIDE}
 """,
     )
 

@@ -11,13 +11,14 @@ from typing import Any
 from prefkit.config.errors import UserError
 from prefkit.config.load import LoadedConfig, load_config, load_use_config
 from prefkit.config.rules import Rules
-from prefkit.config.schema import UseConfig
+from prefkit.config.schema import KEYS, UseConfig
 from prefkit.config.source import read_file
 from prefkit.config.uses import SCORING
 from prefkit.runs.record import CONFIG_FILE, RECORD_FILE, read_record
 
 # What a run's config says of how its model is to be used. Not trust_remote_code: that is asked for each time.
 _TEMPLATE = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
+_SEEN = ("image_max_pixels", "image_min_pixels")
 _SCORED = ("cutoff_len", "truncation")
 _ADAPTED = ("rope_scaling", "cutoff_len", "add_tokens", "add_special_tokens", "resize_vocab")
 
@@ -89,7 +90,7 @@ def recorded_usage(folder: Path) -> dict[str, Any]:
     folder = _run_folder(folder)
     if (folder / CONFIG_FILE).is_file():
         config = load_config(folder / CONFIG_FILE).config
-        names: tuple[str, ...] = (*_TEMPLATE, "dtype")
+        names: tuple[str, ...] = (*_TEMPLATE, *_SEEN, "dtype")
         if config.method.stage == "rm":
             names += _SCORED
         if config.tuning.finetuning_type == "lora":
@@ -97,12 +98,14 @@ def recorded_usage(folder: Path) -> dict[str, Any]:
         return {name: config.value(name) for name in names}
     record = read_record(folder)
     usage = record.get("usage", {}) if record else {}
-    return {name: usage[name] for name in (*_TEMPLATE, "dtype", *_ADAPTED, *_SCORED) if name in usage}
+    names = (*_TEMPLATE, *_SEEN, "dtype", *_ADAPTED, *_SCORED)
+    return {name: usage[name] for name in names if name in usage}
 
 
 def usage_of(config: UseConfig, is_adapter: bool = False, scores: bool = False) -> dict[str, Any]:
     """What the record of an exported model says of its use; of an adapter, what its base is made by too, and
     of a model that `scores`, how long its rows are."""
-    names = (*_TEMPLATE, *(("dtype", *_ADAPTED) if is_adapter else ()), *(_SCORED if scores else ()))
     values = vars(config.data) | vars(config.model)
+    seen = tuple(name for name in _SEEN if values[name] != KEYS[name].default)
+    names = (*_TEMPLATE, *seen, *(("dtype", *_ADAPTED) if is_adapter else ()), *(_SCORED if scores else ()))
     return {name: values[name] for name in names}

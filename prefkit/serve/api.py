@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
+from prefkit.data.messages import RowError
 from prefkit.serve.assistant import Answer, Assistant, PromptTooLong, Sampling, respond
 from prefkit.serve.http import (
     OUR_ERROR,
@@ -27,6 +28,7 @@ from prefkit.serve.http import (
     respond_to_error,
     run_app,
 )
+from prefkit.serve.images import check_images, read_images
 from prefkit.serve.respond import AnswerQueue, ChatRequest, Job, parse_request
 
 # After `http`, which says how to install them.
@@ -34,6 +36,7 @@ from fastapi import FastAPI, Request  # isort: skip
 from fastapi.responses import JSONResponse, Response, StreamingResponse  # isort: skip
 
 logger = logging.getLogger(__name__)
+_BODY, _BODY_WITH_IMAGES = 1_000_000, 16_000_000  # most bytes of a request
 
 
 def serve(
@@ -43,13 +46,16 @@ def serve(
     port: int = 8000,
     token: str | None = None,
     hosts: Sequence[str] = (),
+    media_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve until interrupted. `hosts` are further names under which clients reach this machine.
+    """Serve until interrupted. `hosts` are further names under which clients reach this machine; images of
+    requests may be fetched from `media_hosts`.
 
     Raises `UserError` where others could reach it without a token, and when the address is not to be had.
     """
     check_address(host, token)
-    app = make_app(assistant, sampling, token=token, hosts=[bracketed(host), *hosts])
+    names = [bracketed(host), *hosts]
+    app = make_app(assistant, sampling, token=token, hosts=names, media_hosts=media_hosts)
     run_app(app, " and ".join(_model_names(assistant)), host, port)
 
 
@@ -59,12 +65,16 @@ def make_app(
     *,
     token: str | None = None,
     hosts: Sequence[str] = (),
-    max_body: int = 1_000_000,
+    media_hosts: Sequence[str] = (),
+    max_body: int | None = None,
     max_messages: int = 256,
     max_waiting: int = 8,
 ) -> FastAPI:
     """The application: `sampling` is what holds where a request says nothing, its `max_new_tokens` the most
-    that a request may ask for; `hosts` are names besides loopback's that a request may have as Host."""
+    that a request may ask for; `hosts` are names besides loopback's that a request may have as Host,
+    `media_hosts` those that images may be fetched from."""
+    sees = assistant.template.vision is not None
+    most_bytes = max_body or (_BODY_WITH_IMAGES if sees else _BODY)
     queue = AnswerQueue(max_waiting)
 
     @asynccontextmanager
@@ -88,10 +98,15 @@ def make_app(
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        body = await read_body(request, max_body)
+        body = await read_body(request, most_bytes)
         asked = parse_request(body, models, sampling, max_messages)
+        check_images([asked.messages], sees)
+        try:
+            images = await asyncio.to_thread(read_images, asked.messages, media_hosts)
+        except RowError as error:
+            raise ApiError(400, f"messages: {error}.", "messages") from error
         job = queue.submit(
-            lambda stop: respond(assistant, asked.messages, asked.sampling, stop, asked.stop),
+            lambda stop: respond(assistant, asked.messages, asked.sampling, stop, asked.stop, images),
             nullcontext if asked.model == assistant.name else assistant.untuned,
         )
         return await _respond(request, asked, job)

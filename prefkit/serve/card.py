@@ -59,6 +59,13 @@ SCORING_BY_VALUE_HEAD = {
     model = model.base_model.model.base_model
     {_HEAD_IN_TORCH}""",
 }
+SCORING_BY_SEEING_ADAPTER = f"""import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    base = AutoModelForImageTextToText.from_pretrained("path/to/the/base", dtype="auto")
+    model = PeftModel.from_pretrained(base, "path/to/this/folder").base_model.model.base_model
+    {_HEAD_IN_TORCH}"""
 
 
 def make_record(config: UseConfig, proof: dict[str, Any]) -> dict[str, Any]:

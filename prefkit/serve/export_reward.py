@@ -13,10 +13,11 @@ from torch import nn
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, UseConfig
 from prefkit.data.template import ChatTemplate, make_template
+from prefkit.data.vision import Vision
 from prefkit.model.adapter import base_of, save_without_head, without_lora
 from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
-from prefkit.model.load import DTYPES, fit_vocabulary, is_classifier, load_model_config
+from prefkit.model.load import DTYPES, fit_vocabulary, is_classifier, is_seeing, load_model_config
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import question_rows
 from prefkit.model.reward import VALUE_HEAD, write_value_head
@@ -29,9 +30,16 @@ from prefkit.model.reward_model import (
     score_distance,
     write_score_probe,
 )
+from prefkit.model.seeing_classifier import has_classifier
 from prefkit.model.vision import load_template
 from prefkit.runs.use import usage_of
-from prefkit.serve.card import SCORING, SCORING_BY_VALUE_HEAD, make_record, write_facts
+from prefkit.serve.card import (
+    SCORING,
+    SCORING_BY_SEEING_ADAPTER,
+    SCORING_BY_VALUE_HEAD,
+    make_record,
+    write_facts,
+)
 from prefkit.serve.language_head import under_language_head
 
 if TYPE_CHECKING:
@@ -60,6 +68,7 @@ def export_reward_model(config: UseConfig, folder: Path, say: Callable[[str], No
     The written model must give the scores that adapter and base gave. Raises `UserError` where it has not the
     form that is asked for, and `ModelError` when it is not what was trained or not what was written.
     """
+    config = _with_form(config, say)
     form = config.export.export_value_head
     trained = replace(config.model, dtype=_trained_dtype(config.model))
     if form == "lora":
@@ -68,7 +77,7 @@ def export_reward_model(config: UseConfig, folder: Path, say: Callable[[str], No
     template = _make_template(config)
     accelerator = torch.accelerator.current_accelerator() if config.export.export_device == "auto" else None
     device = accelerator or torch.device("cpu")
-    reward = open_reward_model(trained, config.data.cutoff_len, device)
+    reward = open_reward_model(trained, config.data.cutoff_len, device, template.vision)
     name = config.model.trained_last
     if form != "lora" and getattr(base_of(reward.model), "is_quantized", False):
         raise UserError(
@@ -89,10 +98,21 @@ def export_reward_model(config: UseConfig, folder: Path, say: Callable[[str], No
         )
     _write(reward, dtype, template, config, folder, say)
     del reward  # its memory is for what is read again
-    apart = _compare(before, folder, config, device, say)
+    apart = _compare(before, folder, config, device, template.vision, say)
     _write_facts(config, folder, apart, before.moved)
     told = "" if before.moved is None else f" (the adapter moves them by {before.moved:.1e})"
     say(f"Proof: {len(before.rows)} probe rows score the same before and after within {apart:.1e}{told}.")
+
+
+def _with_form(config: UseConfig, say: Callable[[str], None]) -> UseConfig:
+    """The config with the form in which a model that transformers has no class for can be written."""
+    if config.export.export_value_head or has_classifier(load_model_config(config.model)):
+        return config
+    say(
+        "transformers has no class for this model with a head for scores: it is written as a language model, "
+        f"its head beside it in {VALUE_HEAD} (export_value_head: full)."
+    )
+    return replace(config, export=replace(config.export, export_value_head="full"))
 
 
 def _trained_dtype(model: ModelConfig) -> str:
@@ -134,16 +154,17 @@ def _score_before(config: UseConfig, reward: RewardModel, template: ChatTemplate
     probe = next((found for path in paths if (found := read_score_probe(Path(path)))), None)
     rows = probe.rows if probe else [prompt + response for prompt, response in question_rows(template)]
     offset = reward.offset if config.export.export_value_head else 0.0
-    scores = _scores(reward.model, rows, offset)
+    vision = template.vision
+    scores = _scores(reward.model, rows, offset, vision)
     if not model.adapter_name_or_path:
         return _Before(rows, scores, None)
     with without_lora(cast("PeftModel", reward.model)):
-        untuned = _scores(reward.model, rows, offset)
+        untuned = _scores(reward.model, rows, offset, vision)
     return _Before(rows, scores, score_distance(scores, untuned))
 
 
-def _scores(model: nn.Module, rows: list[list[int]], offset: float) -> list[float]:
-    return [score + offset for score in plain_scores(model, rows)]
+def _scores(model: nn.Module, rows: list[list[int]], offset: float, vision: Vision | None) -> list[float]:
+    return [score + offset for score in plain_scores(model, rows, vision=vision)]
 
 
 def _write(
@@ -169,7 +190,7 @@ def _write(
         whole.save_pretrained(str(folder), max_shard_size=f"{config.export.export_size}GB")
     if form is not None:
         write_value_head(folder, head, reward.offset)
-    template.tokenizer.save_pretrained(str(folder))
+    template.saved.save_pretrained(str(folder))
 
 
 def _merge(model: nn.Module, config: UseConfig, say: Callable[[str], None]) -> PreTrainedModel:
@@ -180,7 +201,9 @@ def _merge(model: nn.Module, config: UseConfig, say: Callable[[str], None]) -> P
     return cast("PreTrainedModel", cast("PeftModel", model).merge_and_unload(safe_merge=True))
 
 
-def _open_written(config: UseConfig, folder: Path, device: torch.device) -> RewardModel:
+def _open_written(
+    config: UseConfig, folder: Path, device: torch.device, vision: Vision | None
+) -> RewardModel:
     model = config.model
     if config.export.export_value_head == "lora":
         written = replace(model, adapter_name_or_path=(str(folder),))
@@ -188,25 +211,31 @@ def _open_written(config: UseConfig, folder: Path, device: torch.device) -> Rewa
         written = ModelConfig(
             model_name_or_path=str(folder), dtype=model.dtype, trust_remote_code=model.trust_remote_code
         )
-    return open_reward_model(written, config.data.cutoff_len, device)
+    return open_reward_model(written, config.data.cutoff_len, device, vision)
 
 
 def _compare(
-    before: _Before, folder: Path, config: UseConfig, device: torch.device, say: Callable[[str], None]
+    before: _Before,
+    folder: Path,
+    config: UseConfig,
+    device: torch.device,
+    vision: Vision | None,
+    say: Callable[[str], None],
 ) -> float:
     """How far the scores of the written model are from those before; writes the probe by which it is known.
 
     Raises `ModelError` when it is another model, or nearer to the one without the adapter's matrices.
     """
     form = config.export.export_value_head
-    written = _open_written(config, folder, device)
-    probe = probe_scores(written.model, before.rows, written.offset)
+    written = _open_written(config, folder, device, vision)
+    probe = probe_scores(written.model, before.rows, written.offset, vision)
     if form != "lora":
         written.model.float()
-    read = [_scores(written.model, before.rows, written.offset)]
+    apart = score_distance(before.scores, _scores(written.model, before.rows, written.offset, vision))
     if form is None:
-        read.append(_scores_of_transformers(written.model, before.rows))
-    apart = max(score_distance(before.scores, scores) for scores in read)
+        plain = [i for i, row in enumerate(before.rows) if vision is None or vision.token_id not in row]
+        read = _scores_of_transformers(written.model, [before.rows[i] for i in plain])
+        apart = max(apart, score_distance([before.scores[i] for i in plain], read))
     exact = _TOLERANCE["float32"]
     tolerance = _TOLERANCE[probe.dtype]
     if before.moved is not None:
@@ -246,10 +275,13 @@ def _write_facts(config: UseConfig, folder: Path, apart: float, moved: float | N
     record = make_record(config, {"score": apart, "moved_by_training": moved}) | {"stage": "rm"}
     record["export_value_head"] = form
     record["usage"] = usage_of(config, is_adapter=form == "lora", scores=True)
+    sees = is_seeing(load_model_config(config.model))
     code = SCORING if form is None else SCORING_BY_VALUE_HEAD[form]
     if form == "lora":  # its base is not of this folder, nor in the number format of the training
+        code = SCORING_BY_SEEING_ADAPTER if sees else code
+        code = code.replace("path/to/the/base", config.model.model_name_or_path)
         code = code.replace('dtype="auto"', f'dtype="{config.model.dtype}"')
     more = {"proof": f"scores of probe rows within {apart:.1e} of those before"}
-    if form is not None:
+    if form is not None and not sees:
         more["in LLaMA-Factory"] = f"`reward_model: path/to/this/folder`, `reward_model_type: {form}`"
     write_facts(folder, config, record, code, more)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prefkit.config.schema import ModelConfig, UseConfig
 from prefkit.model.errors import ModelError
-from prefkit.model.load import load_pretrained, num_rows
+from prefkit.model.load import is_seeing, load_model_config, load_pretrained, num_rows
 from prefkit.model.reward import without_load_report
 from prefkit.runs.record import read_record
 
@@ -47,8 +47,10 @@ def _read_language_model(model: ModelConfig, cutoff_len: int) -> PreTrainedModel
     seen = []
     while model.model_name_or_path not in seen:
         seen.append(model.model_name_or_path)
+        sees = is_seeing(load_model_config(model))
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with without_load_report():
-            language, missing = load_pretrained(AutoModelForCausalLM, model, cutoff_len)
+            language, missing = load_pretrained(kind, model, cutoff_len)
         if not missing:
             return language
         record = read_record(Path(model.model_name_or_path).expanduser()) or {}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from prefkit.data.examples import Message
+from prefkit.data.messages import PLACEHOLDER
 from prefkit.serve.assistant import Answer, Sampling
 from prefkit.serve.http import ApiError, Fields, QueueFull, check_size, parse, read_fields
 
@@ -62,10 +63,26 @@ class _Turn(Fields):
         if not isinstance(content, list):
             return content
         for part in content:
-            is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-            if not is_text or not isinstance(part["text"], str):
-                raise ValueError('may have no other parts than {"type": "text", "text": "..."}')
-        return "".join(part["text"] for part in content)
+            kind = part.get("type") if isinstance(part, dict) else None
+            value = part.get(kind) if kind in ("text", "image_url") else None
+            of_kind = isinstance(value, str) if kind == "text" else _is_image(value)
+            if not of_kind or part.keys() != {"type", kind}:
+                raise ValueError(
+                    'may have no other parts than {"type": "text", "text": "..."} and '
+                    '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+                )
+        return "".join(part["text"] if part["type"] == "text" else PLACEHOLDER for part in content)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("url"), str) and value.keys() <= {"url", "detail"}
+
+
+def _images_of(turn: Any) -> tuple[dict[str, str], ...]:
+    """The images that a message has as parts, which were checked."""
+    content = turn["content"]
+    parts = content if isinstance(content, list) else []
+    return tuple({"url": part["image_url"]["url"]} for part in parts if part["type"] == "image_url")
 
 
 class _StreamOptions(Fields):
@@ -117,7 +134,10 @@ def parse_request(body: bytes, models: Collection[str], served: Sampling, max_me
         raise ApiError(400, "stream_options has no effect without stream.", "stream_options")
     return ChatRequest(
         model=asked.model or next(iter(models)),
-        messages=tuple(Message(_ROLES[turn.role], turn.content) for turn in asked.messages),
+        messages=tuple(
+            Message(_ROLES[turn.role], turn.content, media=_images_of(written))
+            for turn, written in zip(asked.messages, fields["messages"], strict=True)
+        ),
         sampling=_sampling(asked, served),
         stop=tuple(asked.stop),
         stream=asked.stream,

@@ -20,7 +20,7 @@ from typing import Any
 from prefkit import __version__
 from prefkit.config.errors import UserError
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.examples import Message
+from prefkit.data.examples import Message, StoredImage
 from prefkit.data.messages import TAGS, Degenerate, RowError, read_messages, read_text, read_tools
 from prefkit.model.scorer import RowTooLong, Scorer
 from prefkit.serve.http import (
@@ -36,6 +36,7 @@ from prefkit.serve.http import (
     read_fields,
     run_app,
 )
+from prefkit.serve.images import check_images, read_images
 
 # After `http`, which says how to install them.
 from fastapi import FastAPI, Request  # isort: skip
@@ -61,15 +62,20 @@ class _Conversations(Fields):
     unfinished: tuple[int, ...] = Field((), strict=False)  # whose answer was cut off: its turn has no end
 
 
-def serve(scorer: Scorer, host: str = "127.0.0.1", port: int = 8000, token: str | None = None) -> None:
-    """Serve until interrupted.
+def serve(
+    scorer: Scorer,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    media_hosts: Sequence[str] = (),
+) -> None:
+    """Serve until interrupted; images of requests may be fetched from `media_hosts`.
 
     Raises `UserError` where others could reach it without a token, and when the address is not to be had.
     """
     check_address(host, token)
-    run_app(
-        make_app(scorer, token=token, hosts=[bracketed(host)]), f"the scores of {scorer.name}", host, port
-    )
+    app = make_app(scorer, token=token, hosts=[bracketed(host)], media_hosts=media_hosts)
+    run_app(app, f"the scores of {scorer.name}", host, port)
 
 
 def make_app(
@@ -77,12 +83,14 @@ def make_app(
     *,
     token: str | None = None,
     hosts: Sequence[str] = (),
+    media_hosts: Sequence[str] = (),
     max_body: int = 16_000_000,
     max_rows: int = 1024,
     max_waiting: int = 4096,
 ) -> FastAPI:
     """The application: a request has at most `max_rows` rows, and `max_waiting` rows of all wait; `hosts` are
-    names besides loopback's that a request may have as Host."""
+    names besides loopback's that a request may have as Host, `media_hosts` those that images may be fetched
+    from."""
     queue = ScoreQueue(scorer, max_waiting)
 
     @asynccontextmanager
@@ -96,7 +104,8 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok", **facts, "max_length": scorer.max_length})
+        sees = scorer.template.vision is not None
+        return JSONResponse({"status": "ok", **facts, "max_length": scorer.max_length, "sees": sees})
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -119,8 +128,12 @@ def make_app(
         asked = parse(_Conversations, fields)
         conversations = _conversations(asked)
         tools = _read_tools(asked.tools)
+        check_images((messages for _, messages in conversations), scorer.template.vision is not None)
+        images = await asyncio.to_thread(_read_images, conversations, media_hosts)
         scores = await queue.score(
-            request, len(conversations), lambda: _encode_conversations(scorer, conversations, tools, asked)
+            request,
+            len(conversations),
+            lambda: _encode_conversations(scorer, conversations, images, tools, asked),
         )
         head = {"id": f"reward-{uuid.uuid4().hex}", "object": "reward", "model": scorer.name}
         return JSONResponse({**head, "rewards": scores})
@@ -153,6 +166,17 @@ def _conversations(asked: _Conversations) -> list[tuple[str, list[Message]]]:
     return found
 
 
+def _read_images(
+    conversations: list[tuple[str, list[Message]]], hosts: Sequence[str]
+) -> list[tuple[StoredImage, ...]]:
+    """The images of each conversation."""
+    found = []
+    for place, messages in conversations:
+        with _naming(place):
+            found.append(read_images(messages, hosts))
+    return found
+
+
 def _numbered(conversations: list[Any]) -> list[tuple[str, Any]]:
     return [(f"messages[{number}]", turns) for number, turns in enumerate(conversations)]
 
@@ -165,14 +189,16 @@ def _read_tools(tools: list[Any] | None) -> tuple[Any, ...]:
 def _encode_conversations(
     scorer: Scorer,
     conversations: list[tuple[str, list[Message]]],
+    images: list[tuple[StoredImage, ...]],
     tools: tuple[Any, ...],
     asked: _Conversations,
 ) -> list[TokenizedExample]:
     encode = scorer.fit_answer if asked.truncate else scorer.encode_answer
     found = []
     for number, (place, messages) in enumerate(conversations):
+        has_ended = number not in asked.unfinished
         with _naming(place):
-            found.append(encode(messages[:-1], messages[-1], tools, number not in asked.unfinished))
+            found.append(encode(messages[:-1], messages[-1], tools, has_ended, images[number]))
     return found
 
 

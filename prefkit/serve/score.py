@@ -107,12 +107,13 @@ def _fingerprints(config: ModelConfig) -> dict[str, str]:
 
 
 def _of_rows(encoder: Encoder, entry: DatasetEntry) -> dict[str, Any]:
-    """What the tokens of the rows depend on, wherever their file lies."""
-    return {
-        name: value
-        for name, value in encoder.facts(entry, seed=0).items()
-        if name not in ("files", "max_samples", "on_bad_row", "duplicate_prompts", "num_samples", "seed")
-    }
+    """What the tokens of the rows depend on, wherever their file lies; and where images are, for a model that
+    sees."""
+    unread = {"files", "max_samples", "on_bad_row", "duplicate_prompts", "num_samples", "seed"}
+    if encoder.template.vision is None:
+        unread.add("images")
+    facts = encoder.facts(entry, seed=0)
+    return {name: value for name, value in facts.items() if name not in unread}
 
 
 def _score(

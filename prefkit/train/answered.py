@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefkit.config.errors import UserError
-from prefkit.data.examples import Message
+from prefkit.data.examples import Medium, Message
 
 
 class JudgeFailed(UserError):
@@ -26,7 +26,7 @@ class Answered:
 
     `prompt` is the whole conversation before the response; `prompt_ids` are its tokens as the policy read
     them, cut to `cutoff_len`. `response_ids` include the token that ended the response if it has `ended`, and
-    `text` is the response without control tokens.
+    `text` is the response without control tokens. `images` are those of the prompt, one for each `<image>`.
     """
 
     prompt: tuple[Message, ...]
@@ -35,6 +35,7 @@ class Answered:
     response_ids: list[int]
     ended: bool
     text: str
+    images: tuple[Medium, ...] = ()
 
 
 class Judge(Protocol):

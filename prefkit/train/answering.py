@@ -108,7 +108,8 @@ class Answerer:
         for row, ends in zip(drawn.rows, drawn.ended, strict=True):
             prompt, tools = read_conversation(row.conversation)
             for ids, end in zip(row.response_ids, ends, strict=True):
-                answered.append(Answered(prompt, tools, row.prompt_ids, ids, end, self.text_of(ids)))
+                text = self.text_of(ids)
+                answered.append(Answered(prompt, tools, row.prompt_ids, ids, end, text, row.images))
         failure, found = None, []
         try:
             found = self.judge.score(answered)

@@ -54,7 +54,7 @@ def build_trainer(
     bar = ProgressBar(console, updates)
     if isinstance(stage, PpoStage):
         assert reference is not None and not isinstance(data.train, StreamedRows)
-        judge = build_judge(config, policy.model, template, console.print)
+        judge = build_judge(config, policy.model, template, console.print, policy.has_images)
         console.print(f"Judge: {judge.name}.")
         engine = build_engine(config, policy, watchdog.beat, console.print)
         answerer = Answerer(

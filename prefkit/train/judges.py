@@ -40,8 +40,11 @@ class WeightedJudges:
         ]
 
 
-def build_judge(config: RunConfig, policy: nn.Module, template: ChatTemplate, say: Say) -> Judge:
-    """What judges the responses of a run; `template` is that of the policy.
+def build_judge(
+    config: RunConfig, policy: nn.Module, template: ChatTemplate, say: Say, has_images: bool = False
+) -> Judge:
+    """What judges the responses of a run; `template` is that of the policy, `has_images` says whether prompts
+    may have any.
 
     A reward model of type `lora` becomes part of the policy, see `load_reward_adapter`. Raises `UserError`
     for what cannot judge.
@@ -51,9 +54,9 @@ def build_judge(config: RunConfig, policy: nn.Module, template: ChatTemplate, sa
     if reward.reward_model and reward.reward_model_type == "lora":
         judges.append(open_adapter_judge(config, policy, template, say))
     elif reward.reward_model and reward.reward_model_type == "full":
-        judges.append(open_model_judge(config, template, say))
+        judges.append(open_model_judge(config, template, say, has_images))
     elif reward.reward_model:
-        judges.append(open_server_judge(reward, template.tokenizer, say))
+        judges.append(open_server_judge(reward, template.tokenizer, say, has_images))
     if reward.reward_function:
         judges.append(FunctionJudge(reward.reward_function))
     weights = reward.reward_weights or (1.0,) * len(judges)

@@ -13,12 +13,14 @@ from prefkit.config.schema import RunConfig, UseConfig
 from prefkit.config.uses import SCORING
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Message
+from prefkit.data.messages import Degenerate, RowError
 from prefkit.data.template import ChatTemplate
+from prefkit.data.vision import Vision
 from prefkit.model.adapter import find_adapter
 from prefkit.model.errors import ModelError
-from prefkit.model.load import load_model_config
+from prefkit.model.load import is_seeing, load_model_config
 from prefkit.model.reward_adapter import load_reward_adapter
-from prefkit.model.scorer import Scorer, fit_row, open_scorer
+from prefkit.model.scorer import Scorer, open_scorer
 from prefkit.model.vision import load_template
 from prefkit.runs.reward_model import recorded_stage
 from prefkit.runs.use import read_use_config, recorded_usage
@@ -27,6 +29,7 @@ from prefkit.train.answered import Answered, JudgeFailed
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
+    from transformers import PretrainedConfig
 
 Say = Callable[[str], None]
 
@@ -36,14 +39,16 @@ class ModelJudge:
 
     Where its template and tokenizer write what the policy's do (`ChatTemplate.writes_as`), the tokens that
     were drawn reach it as they are, with the end of the turn that its training has seen after them; otherwise
-    prompt and response are written anew as text. The turn of a response that was cut off stays open. A row of
-    more than the reward model's `cutoff_len` tokens is cut, see `fit_row`.
+    prompt and response are written anew as text, and the images read anew. The turn of a response that was
+    cut off stays open. A row of more than the reward model's `cutoff_len` tokens is cut, see `fit_row`.
     """
 
     def __init__(self, name: str, scorer: Scorer, policy: ChatTemplate) -> None:
         self.name = name
         self.scorer = scorer
-        self.encode = self._take if scorer.template.writes_as(policy) else self._write
+        own = scorer.template
+        is_same = own.writes_as(policy) and _sees_as(own.vision, policy.vision)
+        self.encode = self._take if is_same else self._write
 
     def score(self, answered: Sequence[Answered]) -> list[float]:
         """The reward model's score of each response. Raises `JudgeFailed`."""
@@ -52,7 +57,7 @@ class ModelJudge:
             with_name = f"response {number} of {len(answered)}"
             try:
                 rows.append(replace(self.encode(one), source=with_name))
-            except UserError as error:
+            except (UserError, RowError, Degenerate) as error:
                 raise JudgeFailed(f"reward_model {self.name}, {with_name}: {error}") from error
         try:
             return [score for (score,) in self.scorer.score(rows)]
@@ -60,25 +65,44 @@ class ModelJudge:
             raise JudgeFailed(f"reward_model {self.name}: {error}") from error
 
     def _take(self, one: Answered) -> TokenizedExample:
-        """The tokens as they were drawn. Whichever token has ended the turn, it is the template's end that
-        stands there."""
-        closing = self.scorer.template.closing
-        ids = [*one.response_ids[:-1], *closing] if one.ended else one.response_ids
-        return fit_row(one.prompt_ids, ids, self.scorer.max_length)
+        """The tokens as they were drawn, but for those of images. Whichever token has ended the turn, it is
+        the template's end that stands there."""
+        template = self.scorer.template
+        ids = [*one.response_ids[:-1], *template.closing] if one.ended else one.response_ids
+        if template.count_places(ids):
+            ids = [token for token in ids if not template.count_places([token])]
+        return self.scorer.fit(one.prompt_ids, ids, one.images)
 
     def _write(self, one: Answered) -> TokenizedExample:
         """The conversation in the reward model's template and tokens."""
         answer = Message("assistant", one.text)
-        return self.scorer.fit_answer(one.prompt, answer, one.tools, one.ended)
+        return self.scorer.fit_answer(one.prompt, answer, one.tools, one.ended, one.images)
 
 
-def open_model_judge(config: RunConfig, policy: ChatTemplate, say: Say) -> ModelJudge:
-    """A reward model of type `full`. Raises `ModelError` when it is none, or another than was trained."""
+def _sees_as(own: Vision | None, policy: Vision | None) -> bool:
+    """Whether the images of the policy's prompts are to the reward model what they are to the policy."""
+    return own is None or policy is None or own.facts == policy.facts
+
+
+def open_model_judge(
+    config: RunConfig, policy: ChatTemplate, say: Say, has_images: bool = False
+) -> ModelJudge:
+    """A reward model of type `full`; `has_images` says whether prompts may have any. Raises `ModelError` when
+    it is none, another than was trained, or does not see the images."""
     use = reward_model_use(config)
     name = str(config.reward.reward_model)
+    _check_sight(name, load_model_config(use.model), has_images)
     judge = ModelJudge(name, open_scorer(use.model, use.data), policy)
     _tell(judge, "a model of its own", say)
     return judge
+
+
+def _check_sight(name: str, model_config: PretrainedConfig, has_images: bool) -> None:
+    if has_images and not is_seeing(model_config):
+        raise ModelError(
+            f"reward_model: {name} does not see, and the rows have images: train one upon a model that does, "
+            "or take `images` out of `columns` in dataset_info.json"
+        )
 
 
 def open_adapter_judge(config: RunConfig, policy: nn.Module, template: ChatTemplate, say: Say) -> ModelJudge:
@@ -90,8 +114,8 @@ def open_adapter_judge(config: RunConfig, policy: nn.Module, template: ChatTempl
         raise ModelError(f"reward_model: {name} is no adapter: write reward_model_type: full")
     adapted: PeftModel = policy  # type: ignore[assignment]
     folder = find_adapter(use.model.trained_last, use.model)
-    adapter = load_reward_adapter(adapted, folder, use.data.cutoff_len, name)
     own = load_template(use.model, use.data)
+    adapter = load_reward_adapter(adapted, folder, use.data.cutoff_len, name, own.vision)
     judge = ModelJudge(name, Scorer(adapter, own, name, use.data.cutoff_len), template)
     _tell(judge, "an adapter upon the policy's weights", say)
     if adapter.proof is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from prefkit.data.template import ChatTemplate
 from prefkit.model.adapter import base_of
 from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
+from prefkit.model.errors import ModelError
 from prefkit.model.load import fit_vocabulary, load_causal_lm
 from prefkit.model.partners import judged_logps
 from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
 from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_reward_base
-from prefkit.model.reward_model import verify_scores
+from prefkit.model.reward_model import read_score_probe, verify_scores
 from prefkit.model.tuning import prepare_for_training
 from prefkit.model.value import add_value_head, load_value_head
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import (
         PretrainedConfig,
         PreTrainedModel,
-        PreTrainedTokenizerBase,
         TrainingArguments,
     )
 
@@ -68,15 +68,17 @@ def build_policy(
 
     Raises `ModelError` for what the model cannot do.
     """
+    if config.method.stage != "rm":
+        _refuse_reward_models(config.model.adapter_name_or_path)
     tokenizer = template.tokenizer
-    base = _load_base(config, args, tokenizer)
+    base = _load_base(config, args, template)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
     model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
     if adapter := config.continued_adapter:
         if is_reward_model(base_of(model)):
-            verify_scores(model, Path(adapter), adapter)
+            verify_scores(model, Path(adapter), adapter, template.vision)
         else:
             verify(model, Path(adapter), adapter, template.vision)
     if is_reward_model(base_of(model)):
@@ -89,6 +91,13 @@ def build_policy(
     policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
     _tell_weights(policy, say)
     return policy
+
+
+def _refuse_reward_models(adapters: Sequence[str]) -> None:
+    """Raises `ModelError` for the adapter of a reward model, also where its head is a file beside it."""
+    for path in adapters:
+        if read_score_probe(Path(path).expanduser()) is not None:
+            raise ModelError(f"adapter_name_or_path: {path} is a reward model, which writes no text")
 
 
 def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: Say) -> None:
@@ -105,17 +114,15 @@ def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: 
         say(f"Value head: that of {config.model.trained_last}, gone on with.")
 
 
-def _load_base(
-    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def _load_base(config: RunConfig, args: TrainingArguments, template: ChatTemplate) -> PreTrainedModel:
     """The model without adapters. A head for scores is a new one only where it is going to be trained."""
     if config.method.stage != "rm":
         return load_causal_lm(config.model, config.longest_row)
     base = load_reward_base(config.model, config.data.cutoff_len, args.seed if args.do_train else None)
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    base.config.get_text_config().pad_token_id = template.tokenizer.pad_token_id
     name = config.model.model_name_or_path
     if not config.model.adapter_name_or_path:
-        verify_scores(base, Path(name), name)
+        verify_scores(base, Path(name), name, template.vision)
     return base
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -23,8 +24,9 @@ class FunctionJudge:
     """The function of a file, which is run as it is named, once, in this process.
 
     It is called with a list of prompts, each a list of chat messages (`{"role": ..., "content": ...}`), and
-    a list of as many responses, each a text; it returns a list, an array or a tensor of as many numbers.
-    Raises `UserError` when the file or the function is not there or fails to load.
+    a list of as many responses, each a text, and with `images=` those of each prompt, if it has a parameter
+    of this name; it returns a list, an array or a tensor of as many numbers. Raises `UserError` when the file
+    or the function is not there or fails to load.
     """
 
     def __init__(self, reference: str) -> None:
@@ -32,14 +34,16 @@ class FunctionJudge:
         path, _, function = reference.rpartition(":")
         self.file = Path(path).expanduser().resolve()
         self.function = _load(self.file, function, reference)
+        self.takes_images = _takes_images(self.function)
 
     def score(self, answered: Sequence[Answered]) -> list[float]:
         """The number that the function returns for each response. Raises `JudgeFailed`, with the line of the
         file when it raises, and with the response when its number is none or not finite."""
         prompts = [as_chat(one.prompt) for one in answered]
         responses = [one.text for one in answered]
+        more = {"images": [list(one.images) for one in answered]} if self.takes_images else {}
         try:
-            found = self.function(prompts, responses)
+            found = self.function(prompts, responses, **more)
             if found is None:
                 raise TypeError(f"it returned None, and a list of {len(answered)} numbers is wanted")
             values = list(found.tolist() if hasattr(found, "tolist") else found)
@@ -96,6 +100,13 @@ def _load(file: Path, function: str, reference: str) -> Callable[..., Any]:
         )
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def _takes_images(function: Callable[..., Any]) -> bool:
+    try:
+        return "images" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a function that says nothing of its parameters
+        return False
 
 
 def check_function_file(reference: str) -> None:

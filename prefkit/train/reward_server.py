@@ -1,8 +1,9 @@
 """A server of scores as a judge, over HTTP.
 
-A server of prefkit, which `/health` tells, is sent chat messages (`/v1/rewards`) and applies the template of
-its own training. Any other is sent texts, prompt and response with the policy's control tokens, at the
-address that the YAML names: `{"model": "model", "messages": [...]}`, to be answered with `{"scores": [...]}`.
+A server of prefkit, which `/health` tells, is sent chat messages (`/v1/rewards`), images in them as data, and
+applies the template of its own training. Any other is sent texts, prompt and response with the control tokens
+of the policy, at the address that the YAML names: `{"model": "model", "messages": [...]}`. Its answer is
+`{"scores": [...]}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
@@ -23,13 +25,18 @@ from prefkit import __version__
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RewardConfig
 from prefkit.data.conversation import as_chat
+from prefkit.data.examples import StoredImage
+from prefkit.data.images import data_uri, read_content
+from prefkit.data.messages import PLACEHOLDER
+from prefkit.data.readers import DataError
 from prefkit.train.answered import Answered, JudgeFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKEN_VARIABLE = "REWARD_API_KEY"
-_TOGETHER = 64  # responses of one request
+_TOGETHER = 64  # responses of one request, and images
+_IMAGE_BYTES = 10_000_000  # of images in one request, which become a third more
 _MOST_BYTES = 16_000_000  # of an answer
 _BUSY = (429, 502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a request is sent again
@@ -154,7 +161,11 @@ class ServerJudge:
     def score(self, answered: Sequence[Answered]) -> list[float]:
         """The server's score of each response. Raises `JudgeFailed`."""
         found = [math.nan] * len(answered)
-        for fields, indices in self.requests(answered):
+        try:
+            requests = self.requests(answered)
+        except DataError as error:  # an image that has changed
+            raise JudgeFailed(f"reward_model: {self.connection.name}: {error}") from error
+        for fields, indices in requests:
             status, body = self.connection.send("POST", self.url, fields)
             for index, score in zip(indices, self._read(status, body, len(indices)), strict=True):
                 found[index] = score
@@ -190,28 +201,42 @@ def _hint(status: int) -> str:
     return " (redirects are not followed: write the address it leads to)" if 300 <= status < 400 else ""
 
 
-def open_server_judge(reward: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> ServerJudge:
-    """The server that `reward_model` names; `tokenizer` is the policy's. Raises `JudgeFailed` when it cannot
-    be reached."""
+def open_server_judge(
+    reward: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say, has_images: bool = False
+) -> ServerJudge:
+    """The server that `reward_model` names; `tokenizer` is the policy's, `has_images` says whether prompts
+    may have any.
+
+    Raises `JudgeFailed` when it cannot be reached, and where it is of prefkit and does not see the images.
+    """
     connection = Connection(str(reward.reward_model), reward.reward_timeout, reward.reward_retries, say)
     url = connection.url
-    if _is_ours(connection):
+    health = _read_health(connection)
+    if health is not None:
+        if has_images and not health.get("sees"):
+            raise JudgeFailed(
+                f"reward_model: the model behind {connection.name} does not see, and the rows have images"
+            )
         say(f"Reward model: the prefkit server at {connection.name}; it gets chat messages.")
         chats = url.copy_with(path="/v1/rewards", query=None)
         return ServerJudge(connection.name, connection, chats, "rewards", _chats)
 
     say(f"Reward model: the server at {connection.name}; it gets texts in the policy's template.")
+    if has_images:
+        say("The images of prompts are not sent to it: of each it gets the tokens that stand for it.")
     return ServerJudge(connection.name, connection, url, "scores", partial(_texts, tokenizer))
 
 
-def _is_ours(connection: Connection) -> bool:
+def _read_health(connection: Connection) -> dict[str, Any] | None:
+    """What a server of prefkit says of itself; None of any other."""
     status, body = connection.send("GET", connection.url.copy_with(path="/health", query=None))
     try:
         health = json.loads(body)
     except (ValueError, RecursionError):
-        return False
+        return None
     told = {"server": "prefkit", "serves": "rewards"}
-    return status == 200 and isinstance(health, dict) and told.items() <= health.items()
+    is_ours = status == 200 and isinstance(health, dict) and told.items() <= health.items()
+    return health if is_ours else None
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, answered: Sequence[Answered]) -> Requests:
@@ -230,11 +255,8 @@ def _chats(answered: Sequence[Answered]) -> Requests:
         by_tools.setdefault(json.dumps(one.tools), []).append(index)
     found = []
     for tools, indices in by_tools.items():
-        for part in _parts(indices):
-            chats = [
-                [*as_chat(answered[i].prompt), {"role": "assistant", "content": answered[i].text}]
-                for i in part
-            ]
+        for part in _parts(indices, [answered[i].images for i in indices]):
+            chats = [_conversation(answered[i]) for i in part]
             fields: dict[str, Any] = {"messages": chats, "truncate": True}
             fields["unfinished"] = [place for place, i in enumerate(part) if not answered[i].ended]
             fields |= {"tools": json.loads(tools)} if tools != "[]" else {}
@@ -242,5 +264,30 @@ def _chats(answered: Sequence[Answered]) -> Requests:
     return found
 
 
-def _parts(indices: Sequence[int]) -> list[list[int]]:
-    return [list(indices[start : start + _TOGETHER]) for start in range(0, len(indices), _TOGETHER)]
+def _conversation(one: Answered) -> list[dict[str, Any]]:
+    """A prompt and its response, images as parts where they stand."""
+    images = iter(one.images)
+    messages = as_chat(one.prompt)
+    for message in messages if one.images else ():
+        texts = message["content"].split(PLACEHOLDER)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
+        for text in texts[1:]:
+            parts.append({"type": "image_url", "image_url": {"url": data_uri(next(images))}})
+            parts += [{"type": "text", "text": text}] if text else []
+        message["content"] = parts if len(texts) > 1 else texts[0]
+    return [*messages, {"role": "assistant", "content": one.text}]
+
+
+def _parts(indices: Sequence[int], images: Sequence[Sequence[StoredImage]] = ()) -> list[list[int]]:
+    """What goes together in requests: so many responses at most, and so many images and bytes of these."""
+    found: list[list[int]] = []
+    number = size = 0
+    for index, own in zip_longest(indices, images, fillvalue=()):
+        assert isinstance(index, int)
+        bytes_of = sum(len(read_content(image)) for image in own)
+        number, size = number + len(own), size + bytes_of
+        if not found or len(found[-1]) == _TOGETHER or number > _TOGETHER or size > _IMAGE_BYTES:
+            found.append([])
+            number, size = len(own), bytes_of
+        found[-1].append(index)
+    return found

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accelerate import PartialState
 from rich.console import Console
@@ -21,13 +21,14 @@ from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate, make_template
 from prefkit.files import fsync_files, naming_disk_faults, replace_text
-from prefkit.model.adapter import save_as_plain_lora
+from prefkit.model.adapter import leave_out_head, save_as_plain_lora
 from prefkit.model.generate import generate_responses
 from prefkit.model.padding import set_pad_token
 from prefkit.model.probe import make_probe, write_probe
 from prefkit.model.reference import Reference
-from prefkit.model.reward import VALUE_HEAD
+from prefkit.model.reward import HEAD_FACTS, VALUE_HEAD, write_value_head
 from prefkit.model.reward_model import make_score_probe, write_score_probe
+from prefkit.model.seeing_classifier import is_ours
 from prefkit.model.vision import load_template
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.calibration import (
@@ -64,6 +65,7 @@ from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Watchdog, named_worker_deaths
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainingArguments
 
 _SHOWN_SAMPLES = 3
@@ -245,14 +247,29 @@ class Run:
         folder, rows = self.folder.path, self.data.first(_PROBED)
         is_reward = self.config.method.stage == "rm"
         if is_reward:
-            write_score_probe(make_score_probe(self.policy.model, rows), folder)
+            write_score_probe(make_score_probe(self.policy.model, rows, self.template), folder)
         else:
             write_probe(make_probe(self.policy.model, self._with_answers(rows), self.template), folder)
         facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         base = self.config.model.model_name_or_path
         dtype = str(self.policy.base.dtype).removeprefix("torch.")
-        write_model_card(folder, base, facts, is_adapter, is_reward, dtype)
+        if self._head_is_beside:
+            self._put_head_beside()
+        kind = "CausalLM" if not is_reward else "" if self._head_is_beside else "SequenceClassification"
+        write_model_card(folder, base, facts, is_adapter, kind, dtype)
+
+    @property
+    def _head_is_beside(self) -> bool:
+        """Whether the model's head is a file of its own: transformers has no class for a model with it."""
+        return self.config.method.stage == "rm" and is_ours(self.policy.base)
+
+    def _put_head_beside(self) -> None:
+        """Write the head, and leave it out of the adapter, if there is one."""
+        folder, base = self.folder.path, self.policy.base
+        write_value_head(folder, cast("nn.Linear", base.score).weight, 0.0)
+        if self.config.tuning.finetuning_type == "lora":
+            leave_out_head(folder, str(base.name_or_path))
 
     def _with_answers(self, rows: list[TokenizedExample]) -> list[TokenizedExample]:
         """The rows as they are, or a few of them with greedy answers, where they are prompts alone."""
@@ -363,6 +380,7 @@ class Run:
             "adapters_below": list(self.config.merged_adapters),
             "fingerprints": self.weights,
             "stage": self.config.method.stage,
+            **({"head": HEAD_FACTS} if self._head_is_beside else {}),
             "loss": loss_name(self.config),
             "finetuning_type": self.config.tuning.finetuning_type,
             "template": self.config.data.template or "the model's own",
@@ -389,14 +407,20 @@ class Run:
         """Name the files of the run that are there."""
         if self.leads:
             verb = "score" if self.config.method.stage == "rm" else "chat"
+            files = FILES | (HEAD_BESIDE if self._head_is_beside else {})
             known = {
                 name: what.format(verb=verb)
-                for name, what in FILES.items()
+                for name, what in files.items()
                 if (self.folder.path / name).exists()
             }
             print_files(self.console, self.folder.path, known)
 
 
+HEAD_BESIDE = {
+    "adapter_model.safetensors": "the adapter; `prefkit score` reads this folder",
+    VALUE_HEAD: "the head that gives the score",
+    "model.safetensors": "the model; `prefkit score` reads this folder",
+}
 FILES = {
     "adapter_model.safetensors": "the adapter; `prefkit {verb}` and peft read this folder",
     VALUE_HEAD: "the value head of ppo, to go on training from",

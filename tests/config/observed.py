@@ -52,6 +52,15 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_dtype_is_that_of_the_checkpoint_unless_given": "model_name_or_path dtype",
         "test_how_weights_are_quantised": "quantization_type double_quantization",
     },
+    "tests/train/test_seeing.py": {
+        "test_frozen_parts_stay_as_they_are": (
+            "freeze_vision_tower freeze_multi_modal_projector freeze_language_model"
+        ),
+        "test_pixels_are_those_that_were_asked_for": "image_max_pixels image_min_pixels",
+        "test_videos_are_taken_as_the_keys_say": ("video_max_pixels video_min_pixels video_fps video_maxlen"),
+        "test_pictures_elsewhere_are_found_by_media_dir": "media_dir",
+        "test_addresses_are_fetched_from_named_hosts_alone": "media_hosts",
+    },
     "tests/model/test_tuning.py": {
         "test_freeze_trains_what_it_names": "freeze_trainable_layers freeze_extra_modules",
         "test_freeze_names_what_it_trains": "freeze_trainable_modules",

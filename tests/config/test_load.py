@@ -363,15 +363,16 @@ def test_json(load, problems):
 
 def test_null_and_off_foreign_keys_say_nothing(load):
     lines = "quantization_bit: null\nref_model:\nstreaming: false\npacking: null\nuse_unsloth: off\n"
-    assert load(lines + "hf_hub_token: ''\nfreeze_vision_tower: on\nskip_special_tokens: yes").warnings == ()
+    assert (
+        load(lines + "hf_hub_token: ''\naudio_sampling_rate: 16000\nskip_special_tokens: yes").warnings == ()
+    )
 
 
 def test_ignored_keys_come_in_one_warning(load):
-    lines = "use_ipex: true\nlength_penalty: 2.0\nlow_cpu_mem_usage: false\nfreeze_vision_tower: off"
+    lines = "use_ipex: true\nlength_penalty: 2.0\nlow_cpu_mem_usage: false\naudio_sampling_rate: 8000"
     assert load(lines).warnings == (
         "ignored: use_ipex, low_cpu_mem_usage (concerns speed or memory only); length_penalty (belongs to "
-        "num_beams); freeze_vision_tower (images, video and sound are not in this version, and rows of text "
-        "need no such key)",
+        "num_beams); audio_sampling_rate (sound is not in this version, and rows without need no such key)",
     )
 
 

@@ -33,7 +33,9 @@ PINNED = {
     },
     "data": {
         "template": None, "dataset": (), "eval_dataset": (), "eval_on_each_dataset": False,
-        "dataset_dir": "data", "cutoff_len": 2048, "truncation": "prefkit", "max_samples": None,
+        "dataset_dir": "data", "media_dir": None, "media_hosts": (), "image_max_pixels": 589824,
+        "image_min_pixels": 1024, "video_max_pixels": 65536, "video_min_pixels": 256, "video_fps": 2.0,
+        "video_maxlen": 128, "cutoff_len": 2048, "truncation": "prefkit", "max_samples": None,
         "mix_strategy": "concat", "interleave_probs": (), "streaming": False, "buffer_size": 16384,
         "on_bad_row": None, "duplicate_prompts": "keep", "ranked_responses": "group", "tokenized_path": None,
         "overwrite_cache": False, "preprocessing_num_workers": None, "val_size": 0.0, "default_system": None,
@@ -54,7 +56,8 @@ PINNED = {
         "lora_dropout": 0.0, "lora_target": ("all",), "additional_target": (), "use_rslora": False,
         "use_dora": False, "pissa_init": False, "pissa_iter": 16, "loraplus_lr_ratio": None,
         "loraplus_lr_embedding": 1e-6, "freeze_trainable_layers": 2, "freeze_trainable_modules": ("all",),
-        "freeze_extra_modules": (), "pure_bf16": False,
+        "freeze_extra_modules": (), "freeze_vision_tower": True, "freeze_multi_modal_projector": True,
+        "freeze_language_model": False, "pure_bf16": False,
     },
     "reward": {
         "reward_model": None, "reward_model_type": "lora", "reward_model_adapters": (),
@@ -184,7 +187,8 @@ temperature top_p top_k repetition_penalty max_new_tokens export_dir export_size
 eval_on_each_dataset mix_strategy interleave_probs streaming buffer_size tokenized_path overwrite_cache
 preprocessing_num_workers kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm
 ppo_target ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit
-reward_model_type
+reward_model_type media_dir image_max_pixels image_min_pixels freeze_vision_tower
+freeze_multi_modal_projector freeze_language_model video_max_pixels video_min_pixels video_fps video_maxlen
 """
 
 

@@ -81,12 +81,27 @@ def test_parts_without_an_image_take_those_of_the_column(media: MediaSource) -> 
         ({"images": ["c.png"]}, "column 'images', image 1: .*c.png is missing"),
         ({"images": ["../a.png"]}, "leaves a folder"),
         ({"images": [7]}, "an image is a path, a data URI, bytes"),
-        ({"videos": ["a.mp4"]}, "videos cannot be read by this version"),
+        ({"videos": ["a.mp4"]}, "1 video for 0 <video> in the prompt"),
+        ({"instruction": "<image><video>", "videos": ["a.mp4"]}, "video 1 is a list of images, its frames"),
+        (
+            {"instruction": "<image><video>", "videos": [["a.png", "c.png"]]},
+            "video 1, frame 2: .*missing",
+        ),
+        ({"audios": ["a.wav"]}, "sound cannot be read"),
     ],
 )
 def test_what_is_wrong_is_named(media: MediaSource, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
         read({"instruction": "<image>What?", **PAIR, "images": ["a.png"], **changes}, "alpaca", media)
+
+
+def test_videos_are_lists_of_frames_and_keep_their_place(media: MediaSource) -> None:
+    row = {"instruction": "<video> then <image> then <video>", **PAIR, "images": ["a.png"]}
+    example = read({**row, "videos": [["a.png", "b.png"], ["b.png"]]}, "alpaca", media)
+    first, image, last = example.images
+    assert [Path(frame.path).name for frame in first.frames] == ["a.png", "b.png"]
+    assert Path(image.path).name == "a.png" and len(last.frames) == 1
+    assert first.digest != last.digest
 
 
 def test_images_of_the_hub_s_features_come_as_bytes(tmp_path: Path, media: MediaSource) -> None:

@@ -83,10 +83,10 @@ def test_any_answer_has_a_score(text: str, ended: bool, scorer: Scorer) -> None:
 def test_an_answer_that_a_template_refuses_is_text(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = ChatTemplate.encode
 
-    def picky(self: ChatTemplate, prompt: Any, responses: Any, tools: Any = ()) -> Any:
+    def picky(self: ChatTemplate, prompt: Any, responses: Any, *more: Any) -> Any:
         if any("<image>" in message.content for message in (*prompt, *responses)):
             raise ConversationRefused("<image> stands for a file")
-        return encode(self, prompt, responses, tools)
+        return encode(self, prompt, responses, *more)
 
     monkeypatch.setattr(ChatTemplate, "encode", picky)
     row = scorer.fit_answer(ASK, say("an <image>"))

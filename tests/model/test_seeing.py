@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from prefkit.config.schema import DataConfig, GenerationConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample, encode_example
+from prefkit.data.examples import Clip
 from prefkit.data.formats import RowFormat, make_example
 from prefkit.data.images import MediaSource
 from prefkit.data.packing import Layout, pack, see
@@ -25,8 +27,9 @@ from prefkit.model.load import load_causal_lm
 from prefkit.model.policy import response_logps
 from prefkit.model.rollout import Stream, sample_responses
 from prefkit.model.vision import generation_inputs, load_template
-from tests.seeing import KINDS, make_seen_rows, save_seeing_model
+from tests.seeing import COLOURS, KINDS, draw, make_seen_rows, save_seeing_model
 
+ALPACA = RowFormat("alpaca")
 SHARING = tuple(kind for kind in KINDS if kind != "gemma3")
 
 
@@ -50,9 +53,28 @@ def load(kind: str, layout: str) -> tuple[torch.nn.Module, Layout]:
     return model, found
 
 
-def own_logps(kind: str) -> list[Tensor]:
+@cache
+def with_clips(kind: str) -> list[TokenizedExample]:
+    """Rows with a video, and with one between images."""
+    folder, template, _ = seen(kind)
+    frames = [draw(folder, f"frame{i}.png", (40, 32), colour) for i, colour in enumerate(COLOURS[:5])]
+    rows = [
+        {"instruction": "<video>What happens?", "videos": [frames[:4]]},
+        {"instruction": "<image> or <video> or <image>?", "images": frames[:2], "videos": [frames[2:]]},
+    ]
+    examples = [
+        make_example(
+            {**row, "chosen": "Yes.", "rejected": "No no."}, ALPACA, "pairs", "f:1", MediaSource(folder)
+        )
+        for row in rows
+    ]
+    return [encode_example(example, template, 1024) for example in examples]
+
+
+def own_logps(kind: str, rows: list[TokenizedExample] | None = None) -> list[Tensor]:
     """Of each response, the log-probs by the model's own forward, its processor's inputs computed anew."""
     folder, template, examples = seen(kind)
+    examples = rows or examples
     model = load_causal_lm(ModelConfig(model_name_or_path=str(folder)))
     vision = template.vision
     assert vision is not None
@@ -62,6 +84,8 @@ def own_logps(kind: str) -> list[Tensor]:
         for ids in example.response_ids:
             row = torch.tensor([[*example.prompt_ids, *ids]])
             kinds = (row == vision.token_id).int()
+            if vision.reads_clips:
+                kinds += 2 * (row == vision.config.video_token_id).int()
             names = {
                 "gemma3": "token_type_ids",
                 "qwen3_vl": "mm_token_type_ids",
@@ -139,6 +163,44 @@ def test_parts_of_a_batch_keep_their_images(kind: str, layout: Layout) -> None:
         chosen = response_logps(model, pick(batch, [0, 2, 5])).logps
     torch.testing.assert_close(halves, whole, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(chosen, whole[[0, 2, 5]], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["shared", "repeat"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+def test_videos_of_frames_give_what_the_model_gives(kind: str, layout: Layout) -> None:
+    _, template, examples = seen(kind)
+    rows = [*with_clips(kind), examples[0]]
+    model, _ = load(kind, layout)
+    with torch.no_grad():
+        packed = response_logps(model, pack(rows, layout, template.vision).to_dict())
+    expected = torch.cat(own_logps(kind, rows))
+    assert (packed.token_logps - expected).abs().max() < 1e-4
+
+
+def test_the_frames_of_a_video_are_written_with_their_times() -> None:
+    _, template, _ = seen("qwen3_vl")
+    text = template.tokenizer.decode(with_clips("qwen3_vl")[0].prompt_ids)
+    pads = re.sub(r"(<\|video_pad\|>)+", "PADS", text)
+    frame = "<|vision_start|>PADS<|vision_end|>"
+    assert f"user\n<0.2 seconds>{frame}<1.2 seconds>{frame}What happens?" in pads
+    other = seen("qwen2_5_vl")[1].tokenizer.decode(with_clips("qwen2_5_vl")[0].prompt_ids)
+    assert re.sub(r"(<\|video_pad\|>)+", "PADS", other).count(frame) == 1
+
+
+def test_a_video_has_the_patches_of_its_frames_in_time() -> None:
+    """Of two frames, each place in time has its own; a still picture has the same twice."""
+    _, template, _ = seen("qwen3_vl")
+    vision = template.vision
+    assert vision is not None
+    clip = with_clips("qwen3_vl")[0].images[0]
+    assert isinstance(clip, Clip)
+    pixels, _ = vision.read([Clip(clip.frames[:2])])
+    stills = [vision.read([frame])[0]["pixel_values"] for frame in clip.frames[:2]]
+    depth = vision.processor.image_processor.temporal_patch_size
+    patches = pixels["pixel_values_videos"].unflatten(1, (3, depth, -1))
+    for place, still in enumerate(stills):
+        assert torch.equal(patches[:, :, place], still.unflatten(1, (3, depth, -1))[:, :, place])
+    assert pixels["video_grid_thw"][0, 0] == 1
 
 
 def test_the_images_of_a_shared_batch_are_seen_once() -> None:

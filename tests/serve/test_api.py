@@ -175,6 +175,12 @@ BAD_REQUESTS: list[tuple[Any, int, str | None, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
+        "messages",
+        "this model does not see",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        400,
         "messages[0].content",
         "no other parts than",
     ),

@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "picture": (
         CHATS,
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT[1]]},
-        "image_url parts cannot be read",
+        "There are images, and this model does not see.",
     ),
     "tools": (CHATS, {"messages": CHAT, "tools": [3]}, "tools: it lists objects with 'name'"),
 }

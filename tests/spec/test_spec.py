@@ -17,7 +17,8 @@ from prefkit.config import ConfigError, load_config
 from prefkit.data.readers import DataError
 from prefkit.runs.report import make_console
 from prefkit.train.run import train
-from tests.train.runs import read
+from tests.seeing import save_seeing_model
+from tests.train.runs import read, weights
 
 SPEC = Path(__file__).parent
 ROOT = SPEC.parent.parent
@@ -163,17 +164,12 @@ def test_blocks_of_later_stages_are_refused_by_name(name: str, tmp_path: Path, t
         run(write(name, tmp_path), tiny_model)
 
 
-def test_the_multimodal_block_is_refused_for_its_images(tmp_path: Path, tiny_model: Path) -> None:
-    row = {
-        "conversations": [{"from": "human", "value": "<image>What is it?"}],
-        "chosen": {"from": "gpt", "value": "A cat."},
-        "rejected": {"from": "gpt", "value": "A dog."},
-    }
-    (tmp_path / "demo.json").write_text(json.dumps([row]))
-    demo = {"file_name": "demo.json", "ranking": True, "formatting": "sharegpt"}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"mllm_dpo_demo": demo}))
-    with pytest.raises(DataError, match="<image> stands for a file, which this version cannot read"):
-        run(write("multimodal.yaml", tmp_path), tiny_model, f"dataset_dir={tmp_path}")
+def test_the_multimodal_block_learns_from_the_shipped_pictures(tmp_path: Path) -> None:
+    seeing = save_seeing_model(tmp_path / "seeing")
+    output, printed = run(write("multimodal.yaml", tmp_path), seeing)
+    assert "a prompt is computed once for its responses" in printed
+    assert read(output / "trainer_state.json")["log_history"]
+    assert not any("visual" in name for name in weights(output))
 
 
 def test_the_deepspeed_block_runs_without_its_engine(tmp_path: Path, tiny_model: Path) -> None:

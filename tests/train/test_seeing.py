@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.use import read_use_config
 from prefkit.serve.load import load_model
 from tests.conftest import make_model, make_rows, make_tokenizer
-from tests.seeing import draw, make_seen_rows, save_seeing_model
+from tests.seeing import COLOURS, draw, make_seen_rows, save_seeing_model
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
 REWARD = "def reward(prompts, responses):\n    return [-abs(len(text) - 6.0) for text in responses]\n"
@@ -250,7 +251,8 @@ def test_a_saved_model_is_known_again_by_what_it_sees(write, tmp_path: Path, see
 def test_pixels_are_those_that_were_asked_for(write, tmp_path: Path) -> None:
     """Fewer pixels are fewer tokens, in what is kept and in what is trained."""
     lengths = []
-    for keys in ({}, {"image_max_pixels": 784}, {"image_min_pixels": 4096}):
+    smaller = {"image_max_pixels": 784, "image_min_pixels": 400}
+    for keys in ({}, smaller, {"image_min_pixels": 4096}):
         run(write(max_steps=1, **keys))
         lengths.append(load_rows(write(**keys)))
     assert lengths[1] < lengths[0] < lengths[2]
@@ -280,6 +282,84 @@ def test_a_blind_model_and_a_blind_template_refuse_images(write, tmp_path: Path)
     assert "images for a blind model" in kept
 
 
+def test_pictures_elsewhere_are_found_by_media_dir(write, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for picture in (tmp_path / "data").glob("*.png"):
+        picture.rename(elsewhere / picture.name)
+    with pytest.raises(DataError, match=r"pairs\.json:1: column 'images', image 1: .*0a\.png is missing"):
+        run(write(max_steps=1))
+    run(write(max_steps=1, media_dir=str(elsewhere)))
+
+
+def test_addresses_are_fetched_from_named_hosts_alone(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read(tmp_path / "data" / "pairs.json")
+    picture = (tmp_path / "data" / "0a.png").read_bytes()
+    rows[0]["images"] = ["https://pictures.example/0a.png"]
+    (tmp_path / "data" / "pairs.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"pairs\.json:1: .*media_hosts: \[pictures\.example\]"):
+        run(write(max_steps=1))
+    asked = []
+    monkeypatch.setattr(
+        "prefkit.data.fetching.fetch", lambda url, hosts: asked.append((url, hosts)) or picture
+    )
+    run(write(max_steps=1, media_hosts=["pictures.example"]))
+    assert asked == [("https://pictures.example/0a.png", ("pictures.example",))]
+
+
 def test_images_of_a_row_that_does_not_fit_reject_it(write) -> None:
     said = run(write(cutoff_len=60, max_steps=1))
     assert "no room for the images of the prompt" in said
+
+
+def test_a_model_learns_what_only_the_pictures_tell(write, tmp_path: Path) -> None:
+    """Held-out pictures of other sizes and places; shown blank ones, the model cannot tell."""
+    generator = random.Random(0)
+    rows = []
+    for i in range(150):
+        right, wrong = generator.sample(("red", "green", "blue", "black"), 2)
+        size = (generator.randrange(24, 40, 4), generator.randrange(24, 40, 4))
+        draw(tmp_path / "data", f"c{i}.png", size, right)
+        turns = [{"from": "human", "value": "<image>Which?"}]
+        answers = {"chosen": right, "rejected": wrong}
+        said = {name: {"from": "gpt", "value": f"{word:6}"} for name, word in answers.items()}
+        rows.append({"conversations": turns, **said, "images": [f"c{i}.png"]})
+    for name, part in (("pairs", rows[:120]), ("held_out", rows[120:])):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(part))
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "data" / "blank.png")
+    blank = [{**row, "images": ["blank.png"]} for row in rows[120:]]
+    (tmp_path / "data" / "blank.json").write_text(json.dumps(blank))
+    info = read(tmp_path / "data" / "dataset_info.json")
+    info |= {name: {**info["pairs"], "file_name": f"{name}.json"} for name in ("held_out", "blank")}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    run(
+        write(
+            **{"finetuning_type": "full", "max_steps": 90, "per_device_train_batch_size": 8},
+            **{**ALL_FREE, "learning_rate": 0.003, "do_eval": True, "logging_steps": 30},
+            **{"eval_dataset": ["held_out", "blank"], "eval_on_each_dataset": True},
+        )
+    )
+    found = read(tmp_path / "out" / "eval_results.json")
+    assert found["eval_held_out_rewards/accuracies"] > 0.9
+    assert found["eval_blank_rewards/accuracies"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("video_maxlen", 2), ("video_fps", 1.0), ("video_max_pixels", 784), ("video_min_pixels", 4096)],
+)
+def test_videos_are_taken_as_the_keys_say(write, tmp_path: Path, key: str, value: float) -> None:
+    frames = [draw(tmp_path / "data", f"f{i}.png", (40, 32), colour) for i, colour in enumerate(COLOURS)]
+    row = {"instruction": "<video>What?", "chosen": "Yes.", "rejected": "No no.", "videos": [frames]}
+    rows = [{**row, "instruction": f"<video>What, {i}?"} for i in range(4)]
+    (tmp_path / "data" / "clips.json").write_text(json.dumps(rows))
+    keys = {"dataset": [str(tmp_path / "data" / "clips.json")], "max_steps": 2}
+    run(write(**keys))
+    plain, usual = losses(tmp_path / "out"), load_rows(write(**keys))
+    run(write(**keys, **{key: value}))
+    assert losses(tmp_path / "out") != plain
+    tokens = load_rows(write(**keys, **{key: value}))
+    fewer = key in ("video_maxlen", "video_max_pixels")
+    assert tokens < usual if fewer else tokens > usual if key == "video_min_pixels" else tokens == usual
