@@ -6,11 +6,12 @@ import math
 import statistics
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.examples import Clip
 from prefkit.data.partners import without_partner
 
 _BINS = 40
@@ -53,16 +54,17 @@ class LengthBias:
 
 @dataclass(frozen=True)
 class Images:
-    """Images of the rows, how many rows have any, and the tokens that the model's places for them take."""
+    """Images and videos of the rows, how many rows have any, and the tokens that are places for them."""
 
     images: int
+    videos: int
     rows: int
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Tokens of an image on average."""
-        return self.tokens / self.images
+        """Tokens of an image or video on average."""
+        return self.tokens / (self.images + self.videos)
 
 
 @dataclass(frozen=True)
@@ -188,20 +190,22 @@ def kinds_of(example: TokenizedExample) -> list[str]:
     return kinds
 
 
-def count_images(examples: Iterable[TokenizedExample], image_token: int) -> Images | None:
-    """The images of examples, whose tokens are `image_token`; None where there are none.
+def count_images(examples: Iterable[TokenizedExample], seen: Collection[int]) -> Images | None:
+    """The images and videos of examples, whose tokens are among `seen`; None where there are none.
 
     >>> from prefkit.data.examples import StoredImage
     >>> picture = StoredImage("a.png", b"", "", 8, 8)
-    >>> count_images([TokenizedExample([1, 9, 9, 2], [], (), "f:1", images=(picture,))], image_token=9)
-    Images(images=1, rows=1, tokens=2)
+    >>> count_images([TokenizedExample([1, 9, 9, 2], [], (), "f:1", images=(picture,))], {9})
+    Images(images=1, videos=0, rows=1, tokens=2)
     """
-    images = rows = tokens = 0
+    images = videos = rows = tokens = 0
     for example in examples:
-        images += len(example.images)
-        rows += bool(example.images)
-        tokens += example.prompt_ids.count(image_token)
-    return Images(images, rows, tokens) if images else None
+        if not example.images:
+            continue
+        clips = sum(isinstance(it, Clip) for it in example.images)
+        images, videos, rows = images + len(example.images) - clips, videos + clips, rows + 1
+        tokens += sum(token in seen for token in example.prompt_ids)
+    return Images(images, videos, rows, tokens) if rows else None
 
 
 def find_duplicates(train: Iterable[TokenizedExample], held_out: Iterable[TokenizedExample]) -> Duplicates:

@@ -52,7 +52,7 @@ class Material:
     def pieces(self) -> Pieces:
         """How their tokens are taken apart."""
         vision = self.template.vision
-        return Pieces(self.template.tokenizer, vision.token_id if vision is not None else None)
+        return Pieces(self.template.tokenizer, vision.token_ids if vision is not None else ())
 
 
 def read_material(loaded: LoadedConfig[RunConfig], say: Say) -> Material:

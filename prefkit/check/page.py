@@ -6,9 +6,10 @@ import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from itertools import groupby, pairwise
+from itertools import count, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 from prefkit.check.data import kinds_of
 from prefkit.check.material import Material
@@ -23,6 +24,8 @@ from prefkit.files import replace_text
 from prefkit.runs.report import count_of
 
 _MOST_PIECES = 4000  # of a part that are shown
+_MOST_FRAMES = 16  # of a video
+_Item = TypeVar("_Item")
 _SMALL = 128  # pixels of a picture's longer side, under which it is shown larger
 # The class of each kind of response in the style.
 _CLASSES = {"desirable": "chosen", "undesirable": "rejected", "chosen": "chosen", "rejected": "rejected"}
@@ -66,14 +69,14 @@ def make_page(material: Material, number: int) -> str:
     ])  # fmt: skip
 
 
-def _spread(rows: Sequence[TokenizedExample], number: int) -> list[TokenizedExample]:
-    """So many of the rows, evenly from all of them.
+def _spread(items: Sequence[_Item], number: int) -> list[_Item]:
+    """So many of the items, evenly from all of them.
 
     >>> _spread("abcdef", 3)
     ['a', 'c', 'e']
     """
-    number = min(number, len(rows))
-    return [rows[i * len(rows) // number] for i in range(number)]
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
 
 
 def _introduction(material: Material, number: int) -> Iterator[str]:
@@ -102,7 +105,7 @@ def _article(material: Material, row: TokenizedExample, whole: TokenizedExample 
     vision = material.template.vision
     if vision is not None and row.images:
         yield '<div class="pictures">'
-        yield from (_figure(*it) for it in enumerate(read_pictures(vision, row.images), 1))
+        yield from map(_figure, count(1), read_pictures(vision, row.images))
         yield "</div>"
     prompt_cuts, *cuts = find_cuts(row, whole)
     if row.truncated and not prompt_cuts and not any(cuts):
@@ -144,25 +147,29 @@ def _remarks(row: TokenizedExample, response: int) -> Iterator[str]:
 
 
 def _figure(number: int, picture: Picture) -> str:
-    """The tiles of a picture, small ones larger than they are, with what became of its size."""
+    """The tiles of a picture, small ones larger than they are, with what became of its size. Of the frames of
+    a video some are shown."""
     images = []
-    for tile in picture.tiles:
+    kind, word = ("Video", "frames") if picture.is_video else ("Image", "tiles")
+    shown = _spread(picture.tiles, _MOST_FRAMES) if picture.is_video else picture.tiles
+    for tile in shown:
         times = max(_SMALL // max(tile.size), 1)
         data = base64.b64encode(encode_png(tile)).decode()
         images.append(
-            f'<img src="data:image/png;base64,{data}" alt="Image {number} of the row as the model gets it" '
+            f'<img src="data:image/png;base64,{data}" alt="{kind} {number} of the row as the model gets it" '
             f'width="{tile.width * times}" height="{tile.height * times}"'
             + (' class="larger">' if times > 1 else ">")
         )
     steps = [_pixels(picture.stored)]
     if picture.scaled != picture.stored:
-        by = "image_max_pixels" if picture.scaled < picture.stored else "image_min_pixels"
-        steps.append(f"{_pixels(picture.scaled)} by {by}")
+        which = "max" if picture.scaled < picture.stored else "min"
+        steps.append(f"{_pixels(picture.scaled)} by {kind.lower()}_{which}_pixels")
     sizes = [tile.size for tile in picture.tiles]
-    steps.append(f"{len(sizes)} tiles of {_pixels(sizes[0])}" if len(sizes) > 1 else _pixels(sizes[0]))
+    steps.append(f"{len(sizes)} {word} of {_pixels(sizes[0])}" if len(sizes) > 1 else _pixels(sizes[0]))
+    less = f", of which {len(shown)} are here" if len(shown) < len(sizes) else ""
     return (
-        f"<figure><div>{''.join(images)}</div><figcaption>Image {number}, {_text(picture.name)}: "
-        f"{' → '.join(steps)}, {count_of(picture.num_tokens, 'token')}</figcaption></figure>"
+        f"<figure><div>{''.join(images)}</div><figcaption>{kind} {number}, {_text(picture.name)}: "
+        f"{' → '.join(steps)}{less}, {count_of(picture.num_tokens, 'token')}</figcaption></figure>"
     )
 
 

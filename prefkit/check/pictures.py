@@ -1,9 +1,9 @@
-"""The images of a prompt as a model gets them: its processor's numbers, made pictures again."""
+"""The images and videos of a prompt as a model gets them: its processor's numbers, made pictures again."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -24,66 +24,55 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a model gets it, or a video, whose tiles are its frames.
+    """An image, or a video, as a model gets it.
 
     `stored` is its own size and `scaled` the one that it is given to the processor in; `tiles` are what the
-    processor makes of it, one for most models, and `num_tokens` the places that the model has for them.
+    processor makes of it: of an image one for most models, of a video its frames. `num_tokens` are the places
+    that the model has for them.
     """
 
     name: str
+    is_video: bool
     stored: Size
     scaled: Size
     tiles: tuple[Image, ...]
     num_tokens: int
 
 
-def read_pictures(vision: Vision, images: Sequence[Medium]) -> list[Picture]:
+def read_pictures(vision: Vision, media: Sequence[Medium]) -> list[Picture]:
     """The images and videos of one prompt. Raises `DataError` for a file that is gone or has changed."""
-    stills = [image for image in images if isinstance(image, StoredImage)]
-    found = iter(_read_stills(vision, stills) if stills else ())
-    return [_read_clip(vision, it) if isinstance(it, Clip) else next(found) for it in images]
-
-
-def _read_stills(vision: Vision, images: Sequence[StoredImage]) -> list[Picture]:
-    pixels, texts = vision.read(images)
-    places = [_places(vision, text) for text in texts]
-    num_runs = [sum(is_place for is_place, _ in groupby(own)) for own in places]
-    processor, data = vision.processor.image_processor, vision.data
-    tiles = _find_tiles(pixels, num_runs, processor)
+    if not media:
+        return []
+    pixels, texts = vision.read(media)
+    places = []
+    for text in texts:
+        ids = vision.processor.tokenizer.encode(text, add_special_tokens=False)
+        places.append([number in vision.token_ids for number in ids])
+    runs = [sum(is_place for is_place, _ in groupby(own)) for own in places]
+    processor = vision.processor.image_processor
+    of_images = [number for number, it in zip(runs, media, strict=True) if isinstance(it, StoredImage)]
+    images = iter(_find_tiles(pixels, of_images, processor) if of_images else ())
+    clips = iter(_find_frames(pixels, processor))
     return [
-        Picture(
-            Path(image.path).name or "in the row itself",
-            (image.width, image.height),
-            scale(image.width, image.height, data.image_min_pixels, data.image_max_pixels),
-            tuple(_paint(tile, processor) for tile in own_tiles),
-            sum(own_places),
-        )
-        for image, own_tiles, own_places in zip(images, tiles, places, strict=True)
+        _make_picture(vision, it, next(clips if isinstance(it, Clip) else images), sum(own))
+        for it, own in zip(media, places, strict=True)
     ]
 
 
-def _read_clip(vision: Vision, clip: Clip) -> Picture:
-    pixels, (text,) = vision.read([clip])
-    processor, data, first = vision.processor.image_processor, vision.data, clip.frames[0]
-    number, *grid = pixels["video_grid_thw"][0].tolist()
-    frames = [
-        _join_patches(patches, [1, *grid], processor, moment)
-        for patches in pixels["pixel_values_videos"].float().chunk(number)
-        for moment in range(processor.temporal_patch_size)
-    ]
+def _make_picture(vision: Vision, medium: Medium, tiles: Sequence[Tensor], num_tokens: int) -> Picture:
+    data, processor = vision.data, vision.processor.image_processor
+    if isinstance(medium, Clip):
+        first, limits = medium.frames[0], (data.video_min_pixels, data.video_max_pixels)
+    else:
+        first, limits = medium, (data.image_min_pixels, data.image_max_pixels)
     return Picture(
-        f"video of {len(clip.frames)} frames",
+        Path(first.path).name or "in the row itself",
+        isinstance(medium, Clip),
         (first.width, first.height),
-        scale(first.width, first.height, data.video_min_pixels, data.video_max_pixels),
-        tuple(_paint(frame, processor) for frame in frames),
-        sum(_places(vision, text)),
+        scale(first.width, first.height, *limits),
+        tuple(_paint(tile, processor) for tile in tiles),
+        num_tokens,
     )
-
-
-def _places(vision: Vision, text: str) -> list[bool]:
-    """Of each token of what stands for an image, whether it takes features."""
-    ids = vision.processor.tokenizer.encode(text, add_special_tokens=False)
-    return [number in vision.token_ids for number in ids]
 
 
 def encode_png(picture: Image) -> bytes:
@@ -96,11 +85,8 @@ def encode_png(picture: Image) -> bytes:
 def _find_tiles(pixels: Pixels, num_runs: Sequence[int], processor: Any) -> list[list[Tensor]]:
     """The tiles (C, H, W) of each image, which has `num_runs` runs of places in the text."""
     values = pixels["pixel_values"].float()
-    if "image_grid_thw" in pixels:
-        grids = pixels["image_grid_thw"].tolist()
-        lengths = [height * width for _, height, width in grids]
-        parts = values.split(lengths)
-        return [[_join_patches(part, grid, processor)] for part, grid in zip(parts, grids, strict=True)]
+    if "image_grid_thw" in pixels:  # each image fills the dimension of time
+        return [[frames[0]] for frames in _join_patches(values, pixels["image_grid_thw"], processor)]
     if values.dim() == 4:  # one tile an image
         return [[tile] for tile in values]
     # Images of fewer tiles are filled up with zeros.
@@ -112,15 +98,23 @@ def _find_tiles(pixels: Pixels, num_runs: Sequence[int], processor: Any) -> list
     return [list(islice(flat, number)) for number in num_runs]
 
 
-def _join_patches(patches: Tensor, grid: Sequence[int], processor: Any, moment: int = 0) -> Tensor:
-    """A picture (C, H, W) from its patches (N, C * T * P * P), which lie in squares of M x M; one of the T
-    moments."""
-    _, height, width = grid
-    side, moments, merged = processor.patch_size, processor.temporal_patch_size, processor.merge_size
-    whole = patches.view(*(height // merged, width // merged, merged, merged), -1, *(moments, side, side))[
-        :, :, :, :, :, moment
-    ]
-    return whole.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, height * side, width * side)
+def _find_frames(pixels: Pixels, processor: Any) -> list[list[Tensor]]:
+    """The frames (C, H, W) of each video."""
+    if "video_grid_thw" not in pixels:
+        return []
+    values = pixels["pixel_values_videos"].float()
+    return [list(frames) for frames in _join_patches(values, pixels["video_grid_thw"], processor)]
+
+
+def _join_patches(patches: Tensor, grids: Tensor, processor: Any) -> Iterator[Tensor]:
+    """The frames (T, C, H, W) of each grid of patches (N, C * D * P * P), which lie in squares of M x M with
+    D moments in each."""
+    side, depth, merged = processor.patch_size, processor.temporal_patch_size, processor.merge_size
+    sizes = grids.prod(1).tolist()
+    for own, (time, height, width) in zip(patches.split(sizes), grids.tolist(), strict=True):
+        squares = (height // merged, width // merged, merged, merged)
+        whole = own.view(time, *squares, -1, depth, side, side).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+        yield whole.reshape(time * depth, -1, height * side, width * side)
 
 
 def _paint(tile: Tensor, processor: Any) -> Image:

@@ -178,8 +178,10 @@ def _print_duplicates(console: Console, report: Report) -> None:
 def _print_images(console: Console, images: Images | None) -> None:
     if images is None:
         return
+    kinds = [count_of(number, kind) for number, kind in ((images.images, "image"), (images.videos, "video"))]
+    number = " and ".join(kind for kind in kinds if not kind.startswith("0 "))
     console.print(
-        f"Images: {images.images:,} in {count_of(images.rows, 'row')}, counted as {images.mean:,.0f} tokens "
+        f"To be seen: {number} in {count_of(images.rows, 'row')}, counted as {images.mean:,.0f} tokens "
         "each on average.",
         soft_wrap=False,
     )

@@ -143,7 +143,7 @@ def report_on(material: Material, budget: int | None, say: Say) -> Report:
         summaries=_by_data_set(material.ledgers, all_rows(), config.data.cutoff_len),
         duplicates=find_duplicates(train, data.held_out),
         held_out=len(data.held_out),
-        images=None if vision is None else count_images(all_rows(), vision.token_id),
+        images=None if vision is None else count_images(all_rows(), vision.token_ids),
         examples=[
             (row.source, render(row, material.pieces)) for row in islice(material.shown, _SHOWN_EXAMPLES)
         ],
@@ -228,7 +228,7 @@ def _left_out(config: RunConfig, has_images: bool) -> str:
     if has_images:
         is_frozen = config.tuning.freeze_vision_tower and config.tuning.freeze_multi_modal_projector
         which = "frozen image reader" if is_frozen else "image reader, a part of which is trained,"
-        parts.append(f"what the {which} itself takes (an image is counted as the tokens that it has)")
+        parts.append(f"what the {which} itself takes (what is seen is counted as the tokens that it has)")
     return "; ".join(parts)
 
 

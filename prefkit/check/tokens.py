@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,14 +30,13 @@ class Piece:
 
 
 class Pieces:
-    """Takes token ids of one tokenizer apart; the tokens whose id is `image_token` are those of images."""
+    """Takes token ids of one tokenizer apart; `seen` are the tokens of images and videos."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seen: Collection[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.image_token = image_token
+        self.seen = seen
         added = tokenizer.added_tokens_decoder.items()
-        self._control: set[int | None] = {number for number, token in added if token.special}
-        self._control.add(image_token)
+        self._control = {number for number, token in added if token.special} | set(seen)
 
     def of(self, ids: Sequence[int]) -> list[Piece]:
         """The pieces of token ids, in order."""
@@ -46,7 +45,7 @@ class Pieces:
             own = list(run)
             if token is None:
                 found += self._text(own)
-            elif token == self.image_token:
+            elif token in self.seen:
                 found.append(Piece(self._decode(own[:1]), len(own), is_control=True, is_image=True))
             else:
                 found += [Piece(self._decode([token]), is_control=True)] * len(own)

@@ -27,7 +27,7 @@ def write_seeing(tmp_path: Path, seeing_model: Path) -> Callable[..., Path]:
     data = tmp_path / "seen"
     data.mkdir()
     usual = make_seen_rows(data, 8)
-    columns = {"messages": "conversations", "images": "images"}
+    columns = {"messages": "conversations", "images": "images", "videos": "videos"}
 
     def write(rows: Sequence[dict[str, Any]] = usual, stage: str = "dpo", **changes: Any) -> Path:
         entry: dict[str, Any] = {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns}

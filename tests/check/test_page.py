@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prefkit.check.data import Images
 from prefkit.check.material import Material, read_material
 from prefkit.check.page import check_target, make_page, write_page
 from prefkit.check.pictures import read_pictures
+from prefkit.check.run import report_on
 from prefkit.check.uncut import Cut, find_cuts
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
 from prefkit.config.schema import DataConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample
-from prefkit.data.examples import Pair
+from prefkit.data.examples import Clip, Pair
 from prefkit.data.images import MediaSource
 from prefkit.model.vision import load_template
 from tests.seeing import KINDS, draw, save_seeing_model
@@ -328,3 +330,39 @@ def test_the_command_writes_it_beside_the_report(write_seeing: Write, tmp_path: 
     assert len(Page(page.read_text(encoding="utf-8")).texts["h2"]) == 2
     wrong = call("check", file, "--page", tmp_path / "page.yaml")
     assert wrong.returncode == 1 and "ends in .html" in wrong.stderr and "Reading" not in wrong.stderr
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl"])
+def test_frames_of_videos_are_shown_among_images(kind: str, tmp_path: Path) -> None:
+    folder = save_seeing_model(tmp_path / "model", kind)
+    data = DataConfig(video_max_pixels=784, video_min_pixels=1, image_min_pixels=1, video_maxlen=3)
+    vision = load_template(ModelConfig(model_name_or_path=str(folder)), data).vision
+    assert vision is not None
+    media = MediaSource(folder)
+    colours = ("red", "green", "blue", "black", "white")
+    frames = [media.store(draw(folder, f"{it}.png", (64, 32), it), "") for it in colours]
+    still = media.store(draw(folder, "still.png", (24, 32), "blue"), "")
+    video, picture = read_pictures(vision, [Clip(tuple(frames)), still])
+    assert video.is_video and not picture.is_video
+    assert (video.name, video.stored, video.scaled) == ("red.png", (64, 32), (39, 19))
+    assert (picture.name, picture.stored, picture.num_tokens) == ("still.png", (24, 32), 12)
+    # Of five frames three are taken, and the last of them fills up the second step in time.
+    assert len(video.tiles) == 4 and video.num_tokens == 2 * 5 * 2 and picture.tiles[0].size == (24, 32)
+    discs = [np.asarray(tile)[tile.height // 2, tile.width // 4].astype(int) for tile in video.tiles]
+    assert [np.abs(disc - wanted).max() < 40 for disc, wanted in zip(
+        discs, [(255, 0, 0), (0, 0, 255), (255, 255, 255), (255, 255, 255)], strict=True
+    )] == [True] * 4  # fmt: skip
+
+
+def test_a_video_has_a_figure_of_some_of_its_frames(write_seeing: Write, tmp_path: Path) -> None:
+    frames = [draw(tmp_path / "seen", f"{i}.png", (16, 16)) for i in range(24)]
+    row = {**text_row("<video>What?", "A dot.", "A cat."), "videos": [frames]}
+    file = write_seeing([row], video_min_pixels=1, cutoff_len=1024)
+    material = material_of(file)
+    page = Page(make_page(material, 1))
+    assert page.texts["figcaption"] == [
+        "Video 1, 0.png: 16 × 16 → 24 frames of 16 × 16, of which 16 are here, 48 tokens"
+    ]
+    assert len(page.all_of("img")) == 16 and page.texts["b"] == ["<|video_pad|> × 4"] * 12
+    report = report_on(material, None, lambda text: None)
+    assert report.images is not None and report.images == Images(images=0, videos=1, rows=1, tokens=48)

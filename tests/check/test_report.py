@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoConfig
 
 from prefkit.check.report import print_report, token_text
 from prefkit.check.run import Report, check
@@ -169,7 +170,7 @@ def test_tokens_are_shown_as_they_are() -> None:
     tokenizer = make_tokenizer()
     ids: list[int] = tokenizer.encode("<|im_start|>a b\n")
     prompt, chosen, rejected = render(
-        TokenizedExample(ids, [[2], ids * 3], (Pair(0, 1),), "f:1"), Pieces(tokenizer, None), shown=6
+        TokenizedExample(ids, [[2], ids * 3], (Pair(0, 1),), "f:1"), Pieces(tokenizer), shown=6
     )
     assert prompt.texts == ("<|im_start|>", "a", "·", "b", "↵") and prompt.control == (0,)
     assert chosen.texts == ("<|im_end|>",) and chosen.kind == "chosen"
@@ -184,7 +185,7 @@ def test_a_character_of_several_tokens_is_one_piece_and_an_image_too() -> None:
     tokenizer = make_tokenizer()
     image = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert isinstance(image, int)
-    pieces = Pieces(tokenizer, image)
+    pieces = Pieces(tokenizer, {image})
     assert pieces.of(tokenizer.encode("é日a")) == [Piece("é", 2), Piece("日", 3), Piece("a")]
     torn = tokenizer.encode("日")[:2]
     found = pieces.of([*torn, image, image, image, 2])
@@ -196,7 +197,7 @@ def test_a_character_of_several_tokens_is_one_piece_and_an_image_too() -> None:
     assert {piece.text for piece in found[:-2]} == {"\ufffd"} and sum(it.num_tokens for it in found) == 6
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto", "ppo"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "rm", "ppo"])
 def test_rows_with_images_are_checked(write_seeing: Write, stage: str) -> None:
     more = {"reward_model": "rm", "max_new_tokens": 20} if stage == "ppo" else {}
     report = report_of(write_seeing(stage=stage, image_min_pixels=1, **more))
@@ -205,10 +206,16 @@ def test_rows_with_images_are_checked(write_seeing: Write, stage: str) -> None:
     flat = " ".join(text.split())
     # A token for 8 x 8 pixels; the pictures are 32 x 24, 40 x 32 and 24 x 24, 48 x 24, and so on.
     tokens = 12 + (20 + 9) + 18 + 15 + (24 + 9) + 12
-    assert report.to_dict()["images"] == {"images": 8, "rows": 6, "tokens": tokens, "mean_tokens": 14.9}
-    assert "Images: 8 in 6 rows, counted as 15 tokens each on average." in flat
+    assert report.to_dict()["images"] == {
+        "images": 8,
+        "videos": 0,
+        "rows": 6,
+        "tokens": tokens,
+        "mean_tokens": 14.9,
+    }
+    assert "To be seen: 8 images in 6 rows, counted as 15 tokens each on average." in flat
     assert report.examples[0][1][0].texts.count("<|image_pad|> x 12") == 1 and "<|image_pad|>|<|" not in flat
-    assert "what the frozen image reader itself takes (an image is counted as the tokens" in flat
+    assert "what the frozen image reader itself takes (what is seen is counted as the tokens" in flat
     lengths = report.summaries[0].lengths["prompt"]
     assert lengths.largest > 29 and report.memory.batch_tokens > lengths.largest
 
@@ -220,9 +227,10 @@ def test_parts_that_learn_of_a_model_that_sees(write_seeing: Write) -> None:
     assert "image reader, a part of which is trained, itself takes" in " ".join(printed(more).split())
 
 
-def test_a_head_that_transformers_does_not_have_is_an_error(write_seeing: Write) -> None:
-    with pytest.raises(UserError, match="transformers has no qwen3_vl with a head for scores"):
-        report_of(write_seeing(stage="rm"))
+def test_a_model_without_the_head_that_is_wanted_is_an_error(write_config: Write, bare_model: Path) -> None:
+    AutoConfig.for_model("t5").save_pretrained(bare_model)
+    with pytest.raises(UserError, match="transformers has no t5 with a head for text"):
+        report_of(write_config(model_name_or_path=str(bare_model)))
 
 
 def test_the_same_question_about_another_picture_is_no_duplicate(write_seeing: Write, tmp_path: Path) -> None:
