@@ -151,6 +151,12 @@ def read_source(name: str, tool_format: str | None = None) -> str:
     return _read(f"{name}.jinja", tools)
 
 
+def read_parts(family: Family) -> str:
+    """Jinja before the text of a family that joins a message's list of parts, as others hand over images."""
+    text = (_FOLDER / "parts" / "content.jinja").read_text(encoding="utf-8").replace("\n", "")
+    return text.replace("{{ image }}", family.image).replace("{{ video }}", family.video)
+
+
 def _read(file: str, tools: str) -> str:
     text = (_FOLDER / file).read_text(encoding="utf-8")
     return _INCLUDE.sub(lambda match: _read(match[1] or tools, tools), text)

@@ -21,7 +21,7 @@ import jinja2
 
 from prefkit.config.schema import DataConfig
 from prefkit.data.examples import Clip, Example, Message
-from prefkit.data.families import FAMILIES, Family, TemplateError, read_family, read_source
+from prefkit.data.families import FAMILIES, Family, TemplateError, read_family, read_parts, read_source
 from prefkit.data.messages import (
     CLIP_PLACEHOLDER,
     PLACEHOLDER,
@@ -173,7 +173,8 @@ class ChatTemplate:
     def install(self) -> None:
         """Make the tokenizer carry this template with its thinking mode and default system message, so
         that what is saved is what was trained, whoever reads it."""
-        self.tokenizer.chat_template = self._defaults() + self._source.replace("{{ border }}", "")
+        parts = read_parts(self.family) if self.vision is not None and self.family else ""
+        self.tokenizer.chat_template = parts + self._defaults() + self._source.replace("{{ border }}", "")
         if self.end_token:
             self.tokenizer.eos_token = self.end_token
         if self.tokenizer.pad_token is None:

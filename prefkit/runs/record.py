@@ -66,6 +66,12 @@ and ppo (`reward_model`) read this folder. What export writes is a language mode
 README computes scores with transformers."""
 
 
+_LOADING_OF_SEEING_ADAPTER = """    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+    base = AutoModelForImageTextToText.from_pretrained({base}, dtype="auto")
+    model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+
 def write_model_card(
     folder: Path,
     base_model: str,
@@ -83,6 +89,8 @@ def write_model_card(
         # Both stand in the config of the base, which knows of neither.
         loading = _LOADING_OF_REWARD_ADAPTER.format(dtype=dtype)
     loading = f"    from {library} import {auto}{kind} as Model\n    {loading}"
+    if kind == "ImageTextToText" and is_adapter:  # of which peft has no auto class
+        loading = _LOADING_OF_SEEING_ADAPTER.format(base=json.dumps(base_model))
     what = "A LoRA adapter of" if is_adapter else "Tuned from"
     replace_text(
         folder / "README.md",

@@ -26,6 +26,9 @@ GENERATING = """from transformers import AutoModelForCausalLM, AutoTokenizer
     )
     answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
     print(tokenizer.decode(answer, skip_special_tokens=True))"""
+SEEING = GENERATING.replace("AutoModelForCausalLM", "AutoModelForImageTextToText").replace(
+    '"content": "Hello"', '"content": [{"type": "text", "text": "Hello"}]'
+)
 SCORING = f"""import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder", dtype="auto")

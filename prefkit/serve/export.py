@@ -27,7 +27,7 @@ from prefkit.model.probe import (
 )
 from prefkit.model.reward import VALUE_HEAD
 from prefkit.runs.reward_model import has_value_head, names_reward_model
-from prefkit.serve.card import GENERATING, make_record, write_facts
+from prefkit.serve.card import GENERATING, SEEING, make_record, write_facts
 from prefkit.serve.export_reward import export_reward_model
 from prefkit.serve.load import load_model
 
@@ -118,7 +118,7 @@ def export_language_model(config: UseConfig, folder: Path, say: Say) -> None:
     apart = _compare(probe, folder, config, vision, moved)
     record = make_record(config, {"nats_per_token": apart, "moved_by_training": moved})
     proof = f"probe rows within {apart:.1e} nats per token of the adapter"
-    write_facts(folder, config, record, GENERATING, {"proof": proof})
+    write_facts(folder, config, record, GENERATING if vision is None else SEEING, {"proof": proof})
     told = "" if moved is None else f" (the adapter moves them by {moved:.1e})"
     if moved is not None and apart > _SHARE_TO_MENTION * moved:
         say(

@@ -255,7 +255,7 @@ def _chats(answered: Sequence[Answered]) -> Requests:
         by_tools.setdefault(json.dumps(one.tools), []).append(index)
     found = []
     for tools, indices in by_tools.items():
-        for part in _parts(indices, [answered[i].images for i in indices]):
+        for part in _parts(indices, [_pictures(answered[i]) for i in indices]):
             chats = [_conversation(answered[i]) for i in part]
             fields: dict[str, Any] = {"messages": chats, "truncate": True}
             fields["unfinished"] = [place for place, i in enumerate(part) if not answered[i].ended]
@@ -264,9 +264,17 @@ def _chats(answered: Sequence[Answered]) -> Requests:
     return found
 
 
+def _pictures(one: Answered) -> list[StoredImage]:
+    """The images of a prompt. Raises `JudgeFailed` where it has videos, which requests have no place for."""
+    found = [image for image in one.images if isinstance(image, StoredImage)]
+    if len(found) < len(one.images):
+        raise JudgeFailed("reward_model: a server of rewards takes images, and no videos")
+    return found
+
+
 def _conversation(one: Answered) -> list[dict[str, Any]]:
     """A prompt and its response, images as parts where they stand."""
-    images = iter(one.images)
+    images = iter(_pictures(one))
     messages = as_chat(one.prompt)
     for message in messages if one.images else ():
         texts = message["content"].split(PLACEHOLDER)

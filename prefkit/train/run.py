@@ -256,7 +256,8 @@ class Run:
         dtype = str(self.policy.base.dtype).removeprefix("torch.")
         if self._head_is_beside:
             self._put_head_beside()
-        kind = "CausalLM" if not is_reward else "" if self._head_is_beside else "SequenceClassification"
+        language = "CausalLM" if self.template.vision is None else "ImageTextToText"
+        kind = language if not is_reward else "" if self._head_is_beside else "SequenceClassification"
         write_model_card(folder, base, facts, is_adapter, kind, dtype)
 
     @property

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prefkit.config.schema import DataConfig, GenerationConfig, ModelConfig
 from prefkit.data.encode import TokenizedExample, encode_example
 from prefkit.data.examples import Clip
 from prefkit.data.formats import RowFormat, make_example
-from prefkit.data.images import MediaSource
+from prefkit.data.images import MediaSource, scale
 from prefkit.data.packing import Layout, pack, see
 from prefkit.data.picking import pick
 from prefkit.data.splitting import split
@@ -263,3 +265,30 @@ def test_drawing_sees_each_image_once_and_gives_what_generate_gives(kind: str) -
             )
         expected = whole[0, ids.shape[1] :].tolist()
         assert sampled.response_ids == [expected, expected]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_nothink", "qwen3_vl", None])
+def test_a_saved_template_takes_parts_as_processors_hand_them_over(name: str | None, tmp_path: Path) -> None:
+    """What is saved gives by transformers' own processor the tokens that were trained."""
+    folder, _, _ = seen("qwen3_vl")
+    data = DataConfig(template=name, enable_thinking=False)
+    template = load_template(ModelConfig(model_name_or_path=str(folder)), data)
+    template.saved.save_pretrained(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    row = make_seen_rows(folder, 3)[2]
+    example = make_example(row, RowFormat("sharegpt"), "prompts", "f:1", MediaSource(folder))
+    ids = encode_example(example, template, 1024).prompt_ids
+    again = load_template(ModelConfig(model_name_or_path=str(tmp_path)), DataConfig(enable_thinking=False))
+    processor = again.saved
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Which colour?"}]},
+    ]
+    text = again.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    with Image.open(folder / row["images"][0]) as picture:
+        found = processor(
+            images=[picture.convert("RGB").resize(scale(*picture.size, 1024, 589824))], text=[text]
+        )
+    assert found["input_ids"][0] == ids
+    assert encode_example(example, again, 1024).prompt_ids == ids
