@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from prefkit.train.judges import build_judge
 from tests.model.test_adapter import randomise
 from tests.seeing import KINDS, draw, make_seen_rows, save_seeing_model
 from tests.serve.test_export import write as export
+from tests.serve.test_export_reward import CODE
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
 WHOLE: dict[str, Any] = {"finetuning_type": "full", "learning_rate": 1e-3}
@@ -165,8 +167,17 @@ def test_a_resumed_run_is_the_same_run(keys: dict[str, Any], train: Train, tmp_p
         assert last.score_rows([[9, 8]]) == final.score_rows([[9, 8]])  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("keys", [{}, WHOLE], ids=["lora", "full"])
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2_5_vl", "llava_onevision", "gemma3"])
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("qwen3_vl", {}),
+        ("qwen3_vl", WHOLE),
+        ("qwen2_5_vl", WHOLE),
+        ("llava_onevision", {}),
+        ("gemma3", WHOLE),
+    ],
+    ids=["lora", "full", "files with other names", "another", "transformers' own class"],
+)
 def test_exported_it_scores_the_same(
     kind: str, keys: dict[str, Any], train: Train, data: Path, tmp_path: Path
 ) -> None:
@@ -196,6 +207,25 @@ def test_exported_it_scores_the_same(
         export(out, tmp_path / "adapter", "export_value_head=lora")
         other = opened(tmp_path / "adapter")
         assert flat(other.score(rows)) == pytest.approx(own, abs=1e-5)
+
+
+def test_the_cards_score(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their code as it stands."""
+    out = train()
+    scorer = opened(out)
+    turns = [{"role": "user", "content": "Is water wet?"}, {"role": "assistant", "content": "Yes."}]
+    ids = scorer.template.tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    own = scorer.model.score_rows([ids])[0]  # type: ignore[union-attr]
+    monkeypatch.chdir(tmp_path)
+    for form in ("full", "lora"):
+        export(out, tmp_path / form, f"export_value_head={form}")
+        (lines,) = CODE.findall((tmp_path / form / "README.md").read_text())
+        capsys.readouterr()
+        exec(textwrap.dedent(lines).replace("path/to/this/folder", form), {})
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert float(printed.removeprefix("tensor([").removesuffix("])")) == pytest.approx(own, abs=1e-4)
 
 
 def test_going_on(train: Train, data: Path, tmp_path: Path) -> None:
@@ -343,8 +373,14 @@ def judge_of(config: RunConfig) -> tuple[Judge, ChatTemplate, str]:
     return build_judge(config, policy, template, said.append, has_images=True), template, "\n".join(said)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3", "llava_onevision"])
-@pytest.mark.parametrize("of", ["lora", "full", "other pixels"])
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    [
+        *(("qwen3_vl", of) for of in ("lora", "full", "other pixels")),
+        *(("gemma3", of) for of in ("lora", "full")),
+        ("llava_onevision", "lora"),
+    ],
+)
 def test_a_judge_sees(kind: str, of: str, train: Train, data: Path, tmp_path: Path) -> None:
     rater = train(kind, "rater", **({"image_max_pixels": 1024} if of == "other pixels" else {}))
     keys = {"reward_model": str(rater), "reward_model_type": "lora" if of == "lora" else "full"}
