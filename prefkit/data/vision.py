@@ -61,6 +61,11 @@ class Vision:
         self.data = data
 
     @property
+    def unscaled(self) -> Vision:
+        """The same with images in the sizes of the keys' defaults, whatever a run says."""
+        return Vision(self.processor, self.config, DataConfig())
+
+    @property
     def reads_clips(self) -> bool:
         """Whether the model takes videos: those whose patches have a dimension of time."""
         return hasattr(self.processor.image_processor, "temporal_patch_size")

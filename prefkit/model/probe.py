@@ -90,7 +90,7 @@ def picture_rows(template: ChatTemplate) -> Rows:
     """A question about `probe_picture`, for a model that sees."""
     if template.vision is None:
         return []
-    texts = template.vision.read([probe_picture()])[1]
+    texts = template.vision.unscaled.read([probe_picture()])[1]
     question, answer = _ABOUT_PICTURE
     prompt, (response,) = template.encode(
         [Message("user", f"{PLACEHOLDER}{question}")], [Message("assistant", answer)], images=texts
@@ -134,7 +134,7 @@ def _inputs(
     if vision is None or vision.token_id not in prompt:
         return {"input_ids": torch.tensor([[*prompt, *response]], device=base.device)}
     row = TokenizedExample(prompt, [response], (), "", images=(probe_picture(),))
-    batch = send_to_device(pack([row], "repeat", vision).to_dict(), base.device)
+    batch = send_to_device(pack([row], "repeat", vision.unscaled).to_dict(), base.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     return inputs | image_inputs(base.config, batch["pixels"], batch["input_ids"])
 

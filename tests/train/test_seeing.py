@@ -363,3 +363,13 @@ def test_videos_are_taken_as_the_keys_say(write, tmp_path: Path, key: str, value
     tokens = load_rows(write(**keys, **{key: value}))
     fewer = key in ("video_maxlen", "video_max_pixels")
     assert tokens < usual if fewer else tokens > usual if key == "video_min_pixels" else tokens == usual
+
+
+def test_training_goes_on_with_images_of_another_size(write, tmp_path: Path) -> None:
+    """The picture of the probe does not follow the keys."""
+    sizes = {"image_max_pixels": 784, "image_min_pixels": 400}
+    run(write(**sizes, max_steps=1))
+    first = tmp_path / "first"
+    (tmp_path / "out").rename(first)
+    run(write(adapter_name_or_path=[str(first)], max_steps=1))
+    assert len(losses(tmp_path / "out")) == 1
