@@ -86,6 +86,20 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any
     return config, images, facts | {"processor_class": "Qwen2_5_VLProcessor"}
 
 
+def _qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    config, images, facts = _qwen2_5_vl(tokenizer)
+    config["vision_config"] = {
+        **{"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+    }
+    return config, images, facts | {"processor_class": "Qwen2VLProcessor"}
+
+
+def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    config, images, facts = _qwen3_vl(tokenizer)
+    config["text_config"] |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return config, images, facts
+
+
 def _llava_onevision(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     pinpoints = [[16, 16], [16, 32], [32, 16], [32, 32]]
     config = {
@@ -133,6 +147,14 @@ def _smolvlm(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any, d
     return config, images, {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}
 
 
+def _idefics3(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    config, _, facts = _smolvlm(tokenizer)
+    images = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+    )
+    return config, images, facts | {"processor_class": "Idefics3Processor"}
+
+
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _GEMMA = {
     "boi_token": "<start_of_image>",
@@ -145,6 +167,9 @@ _MAKERS: dict[str, Any] = {
     "llava_onevision": (_llava_onevision, ["<image>", "<video>"], "<image>\n", {}),
     "gemma3": (_gemma3, GEMMA_TOKENS, "<start_of_image>", _GEMMA),
     "smolvlm": (_smolvlm, SMOL_TOKENS, "<image>", {}),
+    "qwen2_vl": (_qwen2_vl, QWEN_TOKENS, _QWEN_IMAGE, {}),
+    "qwen3_vl_moe": (_qwen3_vl_moe, QWEN_TOKENS, _QWEN_IMAGE, {}),
+    "idefics3": (_idefics3, SMOL_TOKENS, "<image>", {}),
 }
 KINDS = tuple(_MAKERS)
 

@@ -88,12 +88,8 @@ def own_logps(kind: str, rows: list[TokenizedExample] | None = None) -> list[Ten
             kinds = (row == vision.token_id).int()
             if vision.reads_clips:
                 kinds += 2 * (row == vision.config.video_token_id).int()
-            names = {
-                "gemma3": "token_type_ids",
-                "qwen3_vl": "mm_token_type_ids",
-                "qwen2_5_vl": "mm_token_type_ids",
-            }
-            given = {names[kind]: kinds} if kind in names else {}
+            name = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
+            given = {name: kinds} if kind == "gemma3" or "qwen" in kind else {}
             with torch.no_grad():
                 logits = model(input_ids=row, **pixels, **given).logits[0].float()
             start = len(example.prompt_ids)
