@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,6 +52,16 @@ class RunData:
         if isinstance(self.train, StreamedRows):
             return self.train.encoder.template.vision is not None
         return any(view.has_images for view in (self.train, self.held_out, self.answers))
+
+    def image_digest(self) -> str | None:
+        """A hash of the content of all images; None where there are none, or rows are streamed."""
+        if isinstance(self.train, StreamedRows) or not self.has_images:
+            return None
+        whole = hashlib.sha256()
+        for view in (self.train, self.held_out, self.answers):
+            for digest in view.image_digests():
+                whole.update(digest.encode())
+        return whole.hexdigest()
 
     def first(self, number: int) -> list[TokenizedExample]:
         """The first examples that are held out, or else trained on."""

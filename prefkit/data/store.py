@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -124,6 +124,12 @@ class EncodedRows(Sequence[TokenizedExample]):
     def num_images(self) -> np.ndarray:
         """The number of images of each row, (rows,)."""
         return self._column(lambda batch: batch.column("images").value_lengths())
+
+    def image_digests(self) -> Iterator[str]:
+        """The hash of the content of each image and frame, in the order of the rows."""
+        for number in range(self._reader.num_record_batches):
+            images = self._reader.get_batch(number).column("images")
+            yield from images.values.field("digest").to_pylist()
 
     def changed_image(self) -> str | None:
         """The path of an image that is gone or was written after the rows were; None where there is none."""

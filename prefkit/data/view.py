@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import overload
 
@@ -34,6 +34,14 @@ class RowView(Sequence[TokenizedExample]):
             else any(row.images for row in table)
             for table in self.tables
         )
+
+    def image_digests(self) -> Iterator[str]:
+        """The hash of the content of each image of the files."""
+        for table in self.tables:
+            if isinstance(table, EncodedRows):
+                yield from table.image_digests()
+            else:
+                yield from (digest for row in table for digest in row.digests)
 
     def of_table(self, table: int) -> RowView:
         """The rows that come from one of the files."""

@@ -56,6 +56,7 @@ def identify(
     identity = {
         "config": _compared(config),
         "data set": {ledger.name: ledger.sha256 or "streamed" for ledger in data.ledgers},
+        "images": {"content": digest} if (digest := data.image_digest()) else {},
         "template": template_facts(template),
         "model": dict(models),
         "prefkit": {"version": versions.pop("prefkit")},

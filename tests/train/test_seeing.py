@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from prefkit.config import load_config
-from prefkit.config.errors import ConfigError
+from prefkit.config.errors import ConfigError, UserError
 from prefkit.config.uses import TALKING
 from prefkit.data.families import TemplateError
 from prefkit.data.readers import DataError
@@ -124,6 +124,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(write, tmp_path: Path, stage: str)
     run(write(**keys))
     assert same(tmp_path / "out", whole)
     assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_a_run_is_not_gone_on_with_over_another_picture(write, tmp_path: Path) -> None:
+    keys = {"save_steps": 1, "overwrite_output_dir": None}
+    run(write(**keys))
+    unfinish(tmp_path / "out")
+    with Image.open(tmp_path / "data" / "0a.png") as before:
+        size = before.size
+    draw(tmp_path / "data", "0a.png", size, "yellow")
+    with pytest.raises(UserError, match="images content: "):
+        run(write(**keys))
 
 
 def test_the_layouts_train_the_same(write, tmp_path: Path) -> None:
