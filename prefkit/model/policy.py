@@ -23,7 +23,7 @@ from prefkit.data.vision import Pixels
 from prefkit.model.architecture import Architecture
 from prefkit.model.attention import Visit
 from prefkit.model.value import values_at
-from prefkit.model.vision import image_inputs
+from prefkit.model.vision import idle_weights, image_inputs
 from prefkit.objectives.head import (
     LogitTransform,
     chunk_size,
@@ -106,6 +106,8 @@ def _chunked_forward(
     # One call of the head for the whole batch: ZeRO-3 gathers its weights once, however many chunks.
     hidden = output.last_hidden_state.flatten(0, 1)[source]
     found = {"token_logps": self.get_output_embeddings()(hidden, target)}
+    if (idle := idle_weights(self, pixels)) is not None:
+        found["token_logps"] = found["token_logps"] + idle
     if (values := values_at(self, hidden)) is not None:
         found["values"] = values
     if entropies:

@@ -21,7 +21,7 @@ from prefkit.data.packing import last_positions
 from prefkit.model.errors import ModelError
 from prefkit.model.load import find_model, is_classifier, load_model_config, load_pretrained
 from prefkit.model.seeing_classifier import choose_classifier, is_ours
-from prefkit.model.vision import image_inputs
+from prefkit.model.vision import idle_weights, image_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,12 +185,14 @@ def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -
     bfloat16 has three digits.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
-    given |= image_inputs(model.config, given.pop("pixels", ()), given["input_ids"])
+    pixels = given.pop("pixels", ())
+    given |= image_inputs(model.config, pixels, given["input_ids"])
     output = model.base_model(**given, use_cache=False)
     hidden = output.last_hidden_state.flatten(0, 1)[last]
     head: Any = model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        return cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
+        scores = cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
+    return scores if (idle := idle_weights(model, pixels)) is None else scores + idle
 
 
 def response_scores(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from prefkit.config.schema import DataConfig, ModelConfig, TuningConfig
@@ -19,7 +20,7 @@ from prefkit.model.errors import ModelError
 from prefkit.model.load import is_seeing, load_model_config, load_tokenizer, model_source
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,23 @@ def _restore(kind: Any, state: dict[str, Any]) -> Any:
     copied = object.__new__(_without_video(kind))
     vars(copied).update(state)
     return copied
+
+
+def idle_weights(model: PreTrainedModel, pixels: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+    """Zero, made of the trained weights that a batch without images leaves idle; None where there are none.
+
+    Added to what a forward returns, it gives them a gradient of zero: all processes then have the same
+    weights to average, whichever of them has images in its batch.
+    """
+    parts = PARTS.get(model.config.model_type)
+    if parts is None or any(pixels) or not (model.training and torch.is_grad_enabled()):
+        return None
+    idle = [
+        weights.flatten()[0]
+        for name, weights in model.named_parameters()
+        if weights.requires_grad and name.startswith("model.") and not name.startswith(parts.language)
+    ]
+    return 0.0 * torch.stack([it.float() for it in idle]).sum() if idle else None
 
 
 def media_tokens(config: PretrainedConfig) -> list[int]:
