@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from prefkit.data.examples import Example, Label, Medium, Message, Pair
+from prefkit.data.examples import Example, Label, Medium, Message, Pair, StoredImage
 from prefkit.data.messages import PLACEHOLDERS, Degenerate
 from prefkit.data.template import ChatTemplate
 
@@ -61,6 +61,11 @@ class TokenizedExample:
     def digests(self) -> list[str]:
         """The hash of the content of each image."""
         return [image.digest for image in self.images]
+
+    @property
+    def picture_files(self) -> tuple[str, ...]:
+        """The files of its images, of those that have one."""
+        return tuple(it.path for it in self.images if isinstance(it, StoredImage) and it.path)
 
     @property
     def num_tokens(self) -> int:

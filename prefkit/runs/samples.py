@@ -17,12 +17,13 @@ from prefkit.files import replace_text
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and both greedy answers; `source` is `file:row`."""
+    """One prompt and both greedy answers; `source` is `file:row`, `pictures` are the files of its images."""
 
     source: str
     prompt: str
     before: str
     after: str
+    pictures: tuple[str, ...] = ()
 
 
 def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
@@ -30,6 +31,7 @@ def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
     parts = ["# Held-out prompts, before and after training\n"]
     for sample in samples:
         parts.append(f"## {sample.prompt}\n\n*{sample.source}*\n")
+        parts += [f"![{Path(picture).name}](<{picture}>)\n" for picture in sample.pictures]
         parts.append(f"**before**\n\n{_quote(sample.before)}\n\n**after**\n\n{_quote(sample.after)}\n")
     markdown, lines = folder / "samples.md", folder / "samples.jsonl"
     replace_text(markdown, "\n".join(parts))

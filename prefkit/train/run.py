@@ -363,7 +363,7 @@ class Run:
         after = self.answers("after")
         number = len(after)
         rows = zip(self.data.held_out[:number], before, after, strict=True)
-        samples = [Sample(row.source, row.question, *answers) for row, *answers in rows]
+        samples = [Sample(row.source, row.question, old, new, row.picture_files) for row, old, new in rows]
         if samples:
             write_samples(samples, self.folder.path)
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))

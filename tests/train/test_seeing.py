@@ -376,6 +376,13 @@ def test_videos_are_taken_as_the_keys_say(write, tmp_path: Path, key: str, value
     assert tokens < usual if fewer else tokens > usual if key == "video_min_pixels" else tokens == usual
 
 
+def test_samples_show_their_pictures(write, tmp_path: Path) -> None:
+    run(write(val_size=3, sample_prompts=3, sample_max_new_tokens=4, max_steps=1, disable_shuffling=True))
+    page = (tmp_path / "out" / "samples.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("![")]
+    assert shown and all((tmp_path / "data" / line[2:].partition("]")[0]).is_file() for line in shown)
+
+
 def test_training_goes_on_with_images_of_another_size(write, tmp_path: Path) -> None:
     """The picture of the probe does not follow the keys."""
     sizes = {"image_max_pixels": 784, "image_min_pixels": 400}
