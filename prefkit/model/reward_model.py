@@ -123,7 +123,8 @@ def _score_batch(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[f
 
 def _score_seen(base: PreTrainedModel, row: Sequence[int], vision: Vision | None) -> float:
     example = replace(whole_row(row), images=(probe_picture(),))
-    batch = send_to_device(pack([example], "repeat", vision).to_dict(), base.device)
+    shown = None if vision is None else vision.unscaled
+    batch = send_to_device(pack([example], "repeat", shown).to_dict(), base.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "pixels")}
     return float(scores_at(base, last_positions(batch), inputs))
 
@@ -190,7 +191,7 @@ def _picture_of(rows: Sequence[Sequence[int]], vision: Vision | None) -> str:
     """A hash of what `probe_picture` is to a model, where one of the rows shows it."""
     if vision is None or not any(vision.token_id in row for row in rows):
         return ""
-    pixels, texts = vision.read([probe_picture()])
+    pixels, texts = vision.unscaled.read([probe_picture()])
     digest = hashlib.sha256("".join(texts).encode())
     for name in sorted(pixels):
         digest.update(name.encode() + pixels[name].numpy().tobytes())
@@ -240,7 +241,7 @@ def _comparable(
     probe: ScoreProbe, model_config: PretrainedConfig, vision: Vision | None, name: str
 ) -> list[int]:
     """The rows of a probe that can be scored as they were. One with a picture cannot where that becomes other
-    pixels: another version of a library or other limits scale it otherwise."""
+    pixels: another version of a library, or another processor, scales it otherwise."""
     everything = range(len(probe.rows))
     if probe.picture == _picture_of(probe.rows, vision):
         return [*everything]

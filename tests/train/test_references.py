@@ -52,7 +52,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def watched(self: PrefTrainer, *args: Any, **kwargs: Any) -> Any:
         reference = self.stage.reference
-        batch = pack(list(self.train_dataset), self.data_collator.layout).to_dict()
+        batch = self.data_collator.packer(list(self.train_dataset))
 
         def note() -> None:
             inner = reference.reference if isinstance(reference, CachedReference) else reference
