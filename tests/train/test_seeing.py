@@ -23,7 +23,7 @@ from prefkit.runs.use import read_use_config
 from prefkit.serve.load import load_model
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.seeing import COLOURS, draw, make_seen_rows, save_seeing_model
-from tests.train.runs import losses, read, run, same, torchrun, unfinish, weights
+from tests.train.runs import losses, read, run, same, unfinish, weights
 
 REWARD = "def reward(prompts, responses):\n    return [-abs(len(text) - 6.0) for text in responses]\n"
 
@@ -393,15 +393,11 @@ def test_training_goes_on_with_images_of_another_size(write, tmp_path: Path) -> 
     assert len(losses(tmp_path / "out")) == 1
 
 
-@pytest.mark.parametrize("keys", [{}, {"finetuning_type": "full", **ALL_FREE}], ids=["lora", "full"])
-def test_two_processes_are_one_with_twice_the_batch(write, tmp_path: Path, keys: dict[str, Any]) -> None:
-    """Rows with and without pictures on the ranks, the image reader frozen and not."""
-    keys = {**keys, "max_steps": 3, "disable_shuffling": True}
+@forks
+def test_two_processes_are_one_with_twice_the_batch(write, tmp_path: Path) -> None:
+    """Rows with and without pictures on the ranks, the image reader not frozen."""
+    keys = {"finetuning_type": "full", **ALL_FREE, "max_steps": 3, "disable_shuffling": True}
     run(write(**keys, per_device_train_batch_size=2))
     expected = losses(tmp_path / "out")
-    done = torchrun(
-        *("-m", "prefkit", "train", str(write(**keys, per_device_train_batch_size=1))),
-        "ddp_backend=gloo",
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two(tmp_path, "train", write(**keys, per_device_train_batch_size=1))
     assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
