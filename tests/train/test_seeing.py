@@ -23,6 +23,7 @@ from prefkit.runs.use import read_use_config
 from prefkit.serve.load import load_model
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.seeing import COLOURS, draw, make_seen_rows, save_seeing_model
+from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, read, run, same, unfinish, weights
 
 REWARD = "def reward(prompts, responses):\n    return [-abs(len(text) - 6.0) for text in responses]\n"
