@@ -16,6 +16,7 @@ from prefkit.data.messages import (
     TAGS,
     Degenerate,
     RowError,
+    TextRow,
     check_turns,
     kind,
     read_message,
@@ -60,10 +61,6 @@ COLUMNS = {
 _OPTIONAL = ("query", "system", "history", "tools")
 # Read only where `columns` names them: columns of these names often mean something else.
 _ON_DEMAND = ("margin", "weight")
-
-
-class TextRow(dict[str, Any]):
-    """A row whose cells are all text, as those of a CSV file: numbers and truth values are spelt out."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class RowError(ValueError):
         self.reason = reason
 
 
+class TextRow(dict[str, Any]):
+    """A row whose cells are all text, as those of a CSV file: numbers and truth values are spelt out."""
+
+
 class Degenerate(ValueError):
     """A well-formed row that cannot teach anything; the message is the reason it is counted under."""
 

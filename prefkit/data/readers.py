@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from prefkit.config.errors import UserError
-from prefkit.data.formats import TextRow
-from prefkit.data.messages import RowError
+from prefkit.data.messages import RowError, TextRow
 
 MAX_ROW_BYTES = 256 * 2**20  # of one row: a file without line ends is hardly a data set
 _CHUNK = 2**20

@@ -12,8 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from prefkit.data import readers
-from prefkit.data.formats import TextRow
-from prefkit.data.messages import RowError
+from prefkit.data.messages import RowError, TextRow
 from prefkit.data.readers import DataError, read_rows
 
 ROWS = [{"a": "x", "n": [1, 2]}, {"a": "é\n", "n": []}]
