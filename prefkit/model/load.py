@@ -124,13 +124,14 @@ def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -
     The factor is the smallest whole number that suffices. Where they fit already nothing changes, which is
     logged. Raises `ModelError` for a model without rotary angles, or with scaled ones.
     """
-    known = model_config.max_position_embeddings
+    text = model_config.get_text_config()  # of one that sees, the language model
+    known = text.max_position_embeddings
     if max_length <= known:
         logger.warning(
             "rope_scaling: not used, cutoff_len %d fits the model's %d positions", max_length, known
         )
         return model_config
-    rope = getattr(model_config, "rope_parameters", None)
+    rope = getattr(text, "rope_parameters", None)
     if not rope or "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
         kind = (rope or {}).get("rope_type", "none of one kind")
         raise ModelError(f"rope_scaling: the model's rotary angles are {kind} already, and not scaled again")
@@ -140,8 +141,8 @@ def stretch_positions(model_config: Any, config: ModelConfig, max_length: int) -
         scaled["original_max_position_embeddings"] = known
     if config.rope_scaling == "llama3":
         scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    model_config.rope_parameters = scaled
-    model_config.max_position_embeddings = int(known * factor)
+    text.rope_parameters = scaled
+    text.max_position_embeddings = int(known * factor)
     logger.warning(
         "rope_scaling: %s by %g, from %d to %d positions", config.rope_scaling, factor, known, known * factor
     )

@@ -321,6 +321,12 @@ def test_addresses_are_fetched_from_named_hosts_alone(
     assert asked == [("https://pictures.example/0a.png", ("pictures.example",))]
 
 
+def test_positions_are_stretched_in_the_language_model(write, tmp_path: Path) -> None:
+    said = run(write(rope_scaling="linear", cutoff_len=4096, max_steps=1))
+    assert "a prompt is computed once for its responses" in said
+    assert len(losses(tmp_path / "out")) == 1
+
+
 def test_images_of_a_row_that_does_not_fit_reject_it(write) -> None:
     said = run(write(cutoff_len=60, max_steps=1))
     assert "no room for the images of the prompt" in said
