@@ -24,7 +24,7 @@ from prefkit.data.messages import (
     read_text,
     read_tools,
 )
-from prefkit.data.row_images import in_order, read_clips, read_images
+from prefkit.data.row_images import in_order, read_clips, read_images, with_marks
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
@@ -118,7 +118,12 @@ def make_example(
     column = layout.column("tools")
     tools = read_tools(row.get(column), f"column {column!r}") if column else ()
     listing, clip_listing = layout.column("images"), layout.column("videos")
-    images = read_images(row.get(listing) if listing else None, listing, prompt, media)
+    if listing == "images" and listing not in row and row.get("image"):
+        listing = "image"
+    listed = row.get(listing) if listing else None
+    if layout.formatting == "trl":
+        prompt = with_marks(prompt, listed)
+    images = read_images(listed, listing, prompt, media)
     clips = read_clips(row.get(clip_listing) if clip_listing else None, clip_listing, prompt, media)
     shown = in_order(prompt, images, clips)
     return Example(tuple(prompt), tuple(responses), source, tuple(pairs), tools, shown)

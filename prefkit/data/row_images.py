@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefkit.data.examples import Clip, Medium, Message, StoredImage
@@ -30,6 +31,17 @@ def read_images(
         raise RowError(f"an image part names no image, and {where} has none", _REASON)
     _check_number(given, PLACEHOLDER, prompt, where)
     return [_source(media, where).store(value, f"{where}, image {i}") for i, value in enumerate(given, 1)]
+
+
+def with_marks(prompt: list[Message], listed: object) -> list[Message]:
+    """A prompt that shows its images nowhere with a mark for each at the start of the user's first turn,
+    which is where TRL puts them."""
+    is_marked = any(PLACEHOLDERS.search(message.content) for message in prompt)
+    first = next((i for i, message in enumerate(prompt) if message.role == "user"), None)
+    if is_marked or first is None or not (given := _listed(listed)):
+        return prompt
+    turn = replace(prompt[first], content=PLACEHOLDER * len(given) + prompt[first].content)
+    return [*prompt[:first], turn, *prompt[first + 1 :]]
 
 
 def read_clips(
@@ -69,7 +81,10 @@ def _check_number(given: Sequence[Any], mark: str, prompt: Sequence[Message], wh
     number = sum(message.content.count(mark) for message in prompt)
     if given and number != len(given):
         what = mark.strip("<>") + ("" if len(given) == 1 else "s")
-        raise RowError(f"{where}: {len(given)} {what} for {number} {mark} in the prompt", _REASON)
+        hint = f": write {mark} where each stands"
+        if mark == CLIP_PLACEHOLDER and not any(isinstance(value, list) for value in given):
+            hint = ": each video is a list of its frames, [[frame, frame], ...]"
+        raise RowError(f"{where}: {len(given)} {what} for {number} {mark} in the prompt{hint}", _REASON)
 
 
 def _source(media: MediaSource | None, where: str) -> MediaSource:

@@ -59,7 +59,8 @@ class Encoder:
         except ConversationRefused as refusal:
             return Rejected(example.source, "refused by the chat template", str(refusal))
         except RowError as error:
-            return Rejected(example.source, error.reason, str(error))
+            hint = "" if example.images else "; is their column named in dataset_info.json?"
+            return Rejected(example.source, error.reason, f"{error}{hint}")
         if self.use != "prompts":
             return found
         # What judges a response may write the conversation in another way.
@@ -108,6 +109,8 @@ class Encoder:
         if not config.media_dir and entry.files:
             file = entry.files[0].resolve()
             folder = folder if file.is_relative_to(folder.resolve()) else file.parent
+        if config.media_dir and not folder.is_dir():
+            raise DataError(f"media_dir: there is no folder {config.media_dir}")
         return MediaSource(folder.resolve(), config.media_hosts)
 
 
@@ -164,6 +167,7 @@ class RowReader:
         self.times: dict[str, int] = {}  # of rows that num_samples has drawn more than once
         self.problems: list[str] = []
         self.num_problems = 0
+        self.stopped = False  # encoding, at the first problem
         self._prompts: set[bytes] = set()
         self._drawn = None
         if entry.num_samples:
@@ -200,6 +204,7 @@ class RowReader:
     def encoded(self, track: Track) -> Iterator[TokenizedExample]:
         """The rows that can be used. Raises `DataError` where a row stops the run."""
         for result in self.encoder.encode_all(self.examples(track)):
+            before = self.num_problems
             if isinstance(result, Rejected) and result.refusal:
                 self._reject_malformed(result.source, RowError(result.refusal, result.reason))
             elif isinstance(result, Rejected):
@@ -208,6 +213,7 @@ class RowReader:
                 self.ledger.reject(result.source, "duplicated prompt")
             else:
                 yield result
+            self.stopped |= self.num_problems > before
         self.finish()
 
     def reject(self, source: str, reason: str) -> None:
@@ -241,7 +247,9 @@ class RowReader:
         if self.problems:
             more = self.num_problems - len(self.problems)
             word = "row" if self.num_problems == 1 else "rows"
-            lines = [f"data set {name!r} has {self.num_problems} malformed {word}:", *self.problems]
+            head = f"data set {name!r} has {self.num_problems} malformed {word}"
+            rest = ", and perhaps more: encoding stopped there" if self.stopped else ""
+            lines = [f"{head}{rest}:", *self.problems]
             lines += [f"... and {more} more"] if more else []
             raise DataError("\n".join([*lines, "on_bad_row: skip leaves such rows out and counts them."]))
         if not self.ledger.num_rows:

@@ -208,7 +208,8 @@ class ChatTemplate:
         if self.vision is None:
             if example.images:
                 raise RowError(
-                    f"it has images, and {self.tokenizer.name_or_path} does not see",
+                    f"it has images, and {self.tokenizer.name_or_path} does not see: take a model that does "
+                    "(docs/images.md lists them)",
                     "images for a blind model",
                 )
             return []
@@ -223,9 +224,9 @@ class ChatTemplate:
             raise RowError(f"{CLIP_PLACEHOLDER}: {self.tokenizer.name_or_path} reads no videos", "no video")
         for mark in (PLACEHOLDER, CLIP_PLACEHOLDER):
             if marks.count(mark) != shown.count(mark):
+                kind, number = mark.strip("<>"), shown.count(mark)
                 raise RowError(
-                    f"{mark} stands {marks.count(mark)} times in the prompt, for {shown.count(mark)} "
-                    f"{mark.strip('<>')}s",
+                    f"{mark} in the prompt: {marks.count(mark)}, {kind}s of the row: {number}",
                     "wrong number of images",
                 )
         if not marks:

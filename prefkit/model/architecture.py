@@ -66,13 +66,13 @@ class Architecture:
         >>> Architecture("mistral", None, None, window=512).find_obstacle(1024)
         'its attention looks back through a window of 512 tokens, and cutoff_len is 1024'
         """
+        if self.sharing_obstacle is None and self.images_both_ways and has_images:
+            return "the tokens of an image attend to each other in both directions"
         if self.sharing_obstacle is None and self.window is not None and cutoff_len > self.window:
             return (
                 f"its attention looks back through a window of {self.window} tokens, "
                 f"and cutoff_len is {cutoff_len}"
             )
-        if self.sharing_obstacle is None and self.images_both_ways and has_images:
-            return "the tokens of an image attend to each other in both directions"
         return self.sharing_obstacle
 
     def choose_layout(self, wanted: str, cutoff_len: int, has_images: bool = False) -> Layout:

@@ -122,6 +122,9 @@ def _without_video(kind: Any) -> Any:
             written = super().save_pretrained(folder, push_to_hub, **options)
             if self.video_facts:
                 replace_text(Path(folder) / _VIDEO_FILE, json.dumps(self.video_facts, indent=2) + "\n")
+            elif "video_processor" in kind.get_attributes():
+                # Without a file of its own transformers reads that processor from this one.
+                self.image_processor.save_pretrained(folder)
             return written
 
         def to_dict(self) -> dict[str, Any]:

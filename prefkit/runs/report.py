@@ -33,6 +33,12 @@ def make_tracker(console: Console) -> Tracked:
     return tracked
 
 
+# What to do about a reason to reject rows.
+_HINTS = {
+    "no room for the images of the prompt": "a larger cutoff_len or a smaller image_max_pixels makes some"
+}
+
+
 def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
     """What became of every row."""
     shape: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
@@ -50,7 +56,8 @@ def print_ledger(console: Console, ledgers: Sequence[Ledger]) -> None:
         for key, count in ledger.not_sampled.items():
             console.print(f"{ledger.name}: {count} not sampled: {key}.")
         for reason, count in ledger.rejected.items():
-            console.print(f"{ledger.name}: {count} rejected: {reason}.")
+            hint = f" ({_HINTS[reason]})" if reason in _HINTS else ""
+            console.print(f"{ledger.name}: {count} rejected: {reason}{hint}.")
         if ledger.repeats:
             console.print(f"{ledger.name}: {count_of(ledger.repeats, 'further use')} of rows in an epoch.")
     trained, held_out = (sum(getattr(it, name) for it in ledgers) for name in ("pairs", "held_out_pairs"))

@@ -30,7 +30,8 @@ def write_samples(samples: Sequence[Sample], folder: Path) -> list[Path]:
     """Write `samples.md`, to read, and `samples.jsonl`, for machines."""
     parts = ["# Held-out prompts, before and after training\n"]
     for sample in samples:
-        parts.append(f"## {sample.prompt}\n\n*{sample.source}*\n")
+        heading = " ".join(sample.prompt.split()).replace("<", "\\<")
+        parts.append(f"## {heading}\n\n*{sample.source}*\n")
         parts += [f"![{Path(picture).name}](<{picture}>)\n" for picture in sample.pictures]
         parts.append(f"**before**\n\n{_quote(sample.before)}\n\n**after**\n\n{_quote(sample.after)}\n")
     markdown, lines = folder / "samples.md", folder / "samples.jsonl"

@@ -26,9 +26,19 @@ GENERATING = """from transformers import AutoModelForCausalLM, AutoTokenizer
     )
     answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
     print(tokenizer.decode(answer, skip_special_tokens=True))"""
-SEEING = GENERATING.replace("AutoModelForCausalLM", "AutoModelForImageTextToText").replace(
-    '"content": "Hello"', '"content": [{"type": "text", "text": "Hello"}]'
-)
+SEEING = """from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder", dtype="auto")
+    # The processor of a model that also reads videos needs torchvision. Neither knows image_max_pixels: scale
+    # larger pictures down as the training did.
+    processor = AutoProcessor.from_pretrained("path/to/this/folder")
+    picture = {"type": "image", "image": Image.open("picture.png")}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
+    print(processor.decode(answer, skip_special_tokens=True))"""
 SCORING = f"""import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder", dtype="auto")

@@ -113,9 +113,11 @@ class _Conversation:
         if self.assistant.template.vision is None:
             self._write(f"{self.assistant.name} does not see: it reads text alone.\n")
             return
+        text = text.strip("\"'")
         path = Path(text).expanduser()
         if not path.is_file():
-            self._write(f"There is no file {text!r}: /image PATH shows a PNG, JPEG or WebP picture.\n")
+            missing = f"There is no file {text!r}: " if text else ""
+            self._write(f"{missing}/image PATH shows a picture that is here, a PNG, JPEG or WebP.\n")
             return
         try:
             self.pending.append(MediaSource(path.parent).store(path.name, "The picture"))

@@ -12,7 +12,7 @@ from prefkit.data.messages import RowError
 from prefkit.serve.http import ApiError
 
 MOST_IMAGES = 64  # of one request: each may be many times larger decoded than it was sent
-_HINT = "send it as data:image/png;base64,..."
+_HINT = "send it as data:image/png;base64,..., or let the server be told of its host by media_hosts"
 
 
 @dataclass(frozen=True)

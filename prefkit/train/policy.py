@@ -25,6 +25,7 @@ from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_r
 from prefkit.model.reward_model import read_score_probe, verify_scores
 from prefkit.model.tuning import prepare_for_training
 from prefkit.model.value import add_value_head, load_value_head
+from prefkit.model.vision import PARTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,8 +140,23 @@ def _tell_weights(policy: Policy, say: Say) -> None:
     trainable = sum(weights.numel() for weights in policy.model.parameters() if weights.requires_grad)
     total = sum(weights.numel() for weights in policy.model.parameters())
     formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}"])
+    if policy.packer.vision is not None:
+        say(f"{_tell_parts(policy)}.")
     what = f"Training {trainable:,} of {total:,}" if trainable else f"Evaluating {total:,}"
     say(f"{what} weights ({formats}).".replace("torch.", ""))
+
+
+def _tell_parts(policy: Policy) -> str:
+    """Which parts of a model that sees are trained, in words."""
+    parts = PARTS[policy.base.config.model_type]
+    trained: dict[str, bool] = dict.fromkeys(("image reader", "projector", "language model"), False)
+    for name, weights in policy.base.named_parameters():
+        starts = (("projector", parts.projector), ("image reader", parts.tower))
+        part = next((part for part, start in starts if name.startswith(start)), "language model")
+        trained[part] |= weights.requires_grad
+    told = (f"{part} {'trained' if it else 'frozen'}" for part, it in trained.items())
+    rows = "" if policy.has_images else "; no row has images"
+    return f"Parts: {', '.join(told)}{rows}"
 
 
 def _dtypes(model: torch.nn.Module) -> set[str]:

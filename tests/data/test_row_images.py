@@ -81,7 +81,7 @@ def test_parts_without_an_image_take_those_of_the_column(media: MediaSource) -> 
         ({"images": ["c.png"]}, "column 'images', image 1: .*c.png is missing"),
         ({"images": ["../a.png"]}, "leaves a folder"),
         ({"images": [7]}, "an image is a path, a data URI, bytes"),
-        ({"videos": ["a.mp4"]}, "1 video for 0 <video> in the prompt"),
+        ({"videos": ["a.mp4"]}, r"1 video for 0 <video> in the prompt: each video is a list of its frames"),
         ({"instruction": "<image><video>", "videos": ["a.mp4"]}, "video 1 is a list of images, its frames"),
         (
             {"instruction": "<image><video>", "videos": [["a.png", "c.png"]]},
@@ -120,6 +120,16 @@ def test_images_of_the_hub_s_features_come_as_bytes(tmp_path: Path, media: Media
     for row in (hub[0], of_file):
         (image,) = read(row, "alpaca", media).images
         assert image.content == png("red")
+
+
+def test_prompts_of_trl_without_marks_begin_with_their_images(media: MediaSource) -> None:
+    rows = (
+        {"prompt": "What is it?", **PAIR, "images": ["a.png"]},
+        {"prompt": "What is it?", **PAIR, "image": {"bytes": png("red"), "path": None}},
+    )
+    for row in rows:
+        example = read(row, "trl", media)
+        assert example.prompt[0].content == "<image>What is it?" and len(example.images) == 1
 
 
 def test_images_in_both_places_are_refused(media: MediaSource) -> None:

@@ -159,9 +159,11 @@ def padded_logps(policy, examples: list[TokenizedExample]) -> list[Tensor]:
 
 
 def gradients(policy, loss: Tensor) -> dict[str, Tensor]:
+    """Those that are not zero: an image reader that sees nothing has zeros, or none."""
     policy.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    found = ((name, p.grad) for name, p in policy.named_parameters())
+    return {name: grad.clone() for name, grad in found if grad is not None and grad.any()}
 
 
 def loss_of(logps: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def test_what_is_no_picture_is_said_and_nothing_is_lost(
     screen = talk(
         seeing, monkeypatch, "/image", f"/image {tmp_path}/b.png", f"/image {tmp_path}/a.txt", "<image>"
     )
-    assert "There is no file ''" in screen and "b.png'" in screen
+    assert "/image PATH shows a picture that is here" in screen and "b.png'" in screen
     assert "not PNG, JPEG or WebP" in screen
-    assert "<image> stands 1 times in the prompt, for 0 images" in screen
+    assert "<image> in the prompt: 1, images of the row: 0" in screen
     assert "This line was not sent." in screen
 
 
@@ -126,5 +126,5 @@ def test_requests_bring_their_pictures(seeing: Assistant, tmp_path: Path) -> Non
             assert refused.status_code == 400, url
             assert complaint in refused.json()["error"]["message"], refused.text
         refused = ask(words("<image>?"))
-        assert refused.status_code == 400 and "1 times" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "<image> in the prompt: 1" in refused.json()["error"]["message"]
         assert ask(*[part(blue)] * 65, words("?")).status_code == 400

@@ -153,7 +153,7 @@ def test_what_is_no_picture_is_said(url: str, folder: Path, monkeypatch: pytest.
         assert reply.status_code == 400 and why in reply.json()["error"]["message"], reply.text
         assert reply.json()["error"]["message"].startswith("messages[1]: image 1")
     literal = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Hi."}]
-    assert "stands 1 times in the prompt, for 0 images" in post(url, CHATS, messages=literal).text
+    assert "<image> in the prompt: 1, images of the row: 0" in post(url, CHATS, messages=literal).text
     late = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": chat(whole)[0]["content"]}]
     assert post(url, CHATS, messages=late).status_code == 400
     token = "<|vision_start|><|image_pad|><|vision_end|>"
