@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -25,6 +24,7 @@ from prefkit.data.messages import (
     read_tools,
 )
 from prefkit.data.row_images import in_order, read_clips, read_images, with_marks
+from prefkit.data.transcript import read_transcript
 
 Row = Mapping[str, Any]
 Formatting = Literal["alpaca", "sharegpt", "openai", "trl", "hh"]
@@ -408,25 +408,9 @@ _PROMPTS: dict[str, Callable[[Row, RowFormat], list[Message]]] = {
 }
 
 
-_HH_SPEAKERS: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
-
-
 def _hh_turns(row: Row, layout: RowFormat, name: str) -> list[Message]:
-    """A conversation written as one text: each turn after a blank line, `Human: ` or `Assistant: `."""
     column = layout.required(name)
-    text = _text(row, column)
-    start, *parts = _HH_TURN.split(text if text.startswith("\n") else f"\n\n{text}")
-    if start.strip() or not parts:
-        raise RowError(f"column {column!r} starts with 'Human: ', each turn after a blank line", "no turns")
-    messages = [
-        Message(_HH_SPEAKERS[speaker], content.strip())
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    check_turns(messages, f"column {column!r}")
-    if messages[-1].role != "assistant":
-        raise RowError(f"column {column!r} ends with the user, not with the assistant", "no response")
-    return messages
+    return read_transcript(_text(row, column), f"column {column!r}")
 
 
 def _system(row: Row, layout: RowFormat) -> list[Message]:

@@ -151,7 +151,7 @@ def test_workers_and_streams_read_the_same_images(write, tmp_path: Path) -> None
     keys = {"disable_shuffling": True, "max_steps": 4}
     run(write(**keys))
     found = losses(tmp_path / "out")
-    run(write(**keys, dataloader_num_workers=1, preprocessing_num_workers=2, overwrite_cache=True))
+    run(write(**keys, dataloader_num_workers=1))
     assert losses(tmp_path / "out") == found
     run(write(**keys, streaming=True))
     assert losses(tmp_path / "out") == found

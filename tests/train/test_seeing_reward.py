@@ -117,7 +117,7 @@ def alone(scorer: Scorer, example: TokenizedExample) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:5])
 def test_trained_known_again_and_scored(kind: str, train: Train, data: Path, tmp_path: Path) -> None:
     out = train(kind)
     scorer = opened(out)
@@ -383,7 +383,7 @@ def judge_of(config: RunConfig) -> tuple[Judge, ChatTemplate, str]:
     ("kind", "of"),
     [
         *(("qwen3_vl", of) for of in ("lora", "full", "other pixels")),
-        *(("gemma3", of) for of in ("lora", "full")),
+        ("gemma3", "full"),
         ("llava_onevision", "lora"),
     ],
 )
