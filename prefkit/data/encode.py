@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Literal
 
 from prefkit.data.examples import Example, Label, Medium, Message, Pair, StoredImage
-from prefkit.data.messages import PLACEHOLDERS, Degenerate
+from prefkit.data.messages import PLACEHOLDERS, Degenerate, interleave
 from prefkit.data.template import ChatTemplate
 
 Truncation = Literal["prefkit", "llamafactory"]
@@ -221,13 +221,12 @@ def _drop_head(text: str, num_tokens: int, template: ChatTemplate, has_images: b
     """The text without its first tokens, but with its images."""
     if has_images and PLACEHOLDERS.search(text):
         parts = PLACEHOLDERS.split(text)
-        pieces, marks = parts[::2], [*parts[1::2], ""]
+        pieces, marks = parts[::2], parts[1::2]
         shorter = _drop_head("".join(pieces), num_tokens, template, has_images=False)
         dropped = sum(map(len, pieces)) - len(shorter)
         before = accumulate(map(len, pieces), initial=0)
-        kept = (piece[max(dropped - start, 0) :] for piece, start in zip(pieces, before, strict=False))
-        joined = "".join(it for pair in zip(kept, marks, strict=True) for it in pair)
-        return joined if shorter else ""
+        kept = [piece[max(dropped - start, 0) :] for piece, start in zip(pieces, before, strict=False)]
+        return interleave(kept, marks) if shorter else ""
     encoded = template.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
     )

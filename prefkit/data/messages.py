@@ -59,6 +59,15 @@ class Degenerate(ValueError):
     """A well-formed row that cannot teach anything; the message is the reason it is counted under."""
 
 
+def interleave(pieces: Sequence[str], between: Sequence[str]) -> str:
+    """One text of pieces with something between each two: of one more than of these.
+
+    >>> interleave(["a", "b", "c"], ["1", "2"])
+    'a1b2c'
+    """
+    return "".join(it for pair in zip(pieces, [*between, ""], strict=True) for it in pair)
+
+
 def kind(value: object) -> str:
     """What a value is, in words for a message."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}

@@ -28,6 +28,7 @@ from prefkit.data.messages import (
     PLACEHOLDERS,
     Degenerate,
     RowError,
+    interleave,
 )
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ class ChatTemplate:
             raise ConversationRefused(
                 f"The chat template writes {len(pieces) - 1} images, and the prompt has {len(images)}."
             )
-        return "".join(piece for pair in zip(pieces, [*images, ""], strict=True) for piece in pair)
+        return interleave(pieces, images)
 
     def _conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages for jinja, control tokens in their text made harmless.
@@ -339,8 +340,7 @@ class ChatTemplate:
         marks = pieces[1::2]
         if self.family:
             written = {PLACEHOLDER: self.family.image, CLIP_PLACEHOLDER: self.family.video}
-            known = [written[mark] or mark for mark in marks]
-            return "".join(it for pair in zip(texts, [*known, ""], strict=True) for it in pair)
+            return interleave(texts, [written[mark] or mark for mark in marks])
         parts = [{"type": "text", "text": texts[0]}]
         for mark, text in zip(marks, texts[1:], strict=True):
             parts += [{"type": mark.strip("<>")}, {"type": "text", "text": text}]

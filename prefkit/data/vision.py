@@ -11,7 +11,7 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from types import SimpleNamespace
@@ -70,10 +70,14 @@ class Vision:
         """Whether the model takes videos: those whose patches have a dimension of time."""
         return hasattr(self.processor.image_processor, "temporal_patch_size")
 
-    @property
+    @cached_property
     def token_ids(self) -> set[int]:
         """The tokens whose places take features: of images, and of videos."""
         return {self.token_id, self.config.video_token_id} if self.reads_clips else {self.token_id}
+
+    def leave_out(self, ids: Iterable[int]) -> list[int]:
+        """Token ids without the places of images and videos."""
+        return [token for token in ids if token not in self.token_ids]
 
     def split(self, text: str) -> list[str]:
         """A text that a template has written, cut at each image and video."""

@@ -74,7 +74,7 @@ def make_probe(
     for example in shortest:
         chosen = example.pairs[0].chosen if example.pairs else 0
         response = example.response_ids[chosen][: _MOST_TOKENS // 2]
-        prompt = [token for token in example.prompt_ids if vision is None or token != vision.token_id]
+        prompt = example.prompt_ids if vision is None else vision.leave_out(example.prompt_ids)
         rows.append((prompt[-_MOST_TOKENS // 2 :], response))
     if template is not None:
         rows += picture_rows(template)

@@ -155,13 +155,8 @@ def make_score_probe(
     """
     vision = template.vision if template is not None else None
     shortest = sorted(examples, key=lambda example: example.num_tokens)[:_PROBED]
-    rows = [
-        [token for token in (*example.prompt_ids, *response) if vision is None or token != vision.token_id][
-            -_MOST_TOKENS:
-        ]
-        for example in shortest
-        for response in example.response_ids
-    ]
+    whole = ([*example.prompt_ids, *response] for example in shortest for response in example.response_ids)
+    rows = [(ids if vision is None else vision.leave_out(ids))[-_MOST_TOKENS:] for ids in whole]
     if template is not None:
         rows += [prompt + response for prompt, response in picture_rows(template)]
     return probe_scores(model, rows, vision=vision)
