@@ -108,7 +108,7 @@ def _start_head(model: PreTrainedModel, seed: int | None) -> None:
         return
     generator = torch.Generator().manual_seed(seed)
     deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
+    drawn = torch.empty(shape_of(weight)).normal_(0.0, deviation, generator=generator)
     with torch.no_grad(), gathered(weight, writes=True):
         weight.copy_(drawn)
 
