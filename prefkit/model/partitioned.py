@@ -1,16 +1,20 @@
-"""Weights that DeepSpeed (ZeRO stage 3) has split among processes.
+"""Weights that are split among processes.
 
-It does so while transformers reads a model, so that what is done to a model before it is trained has to know:
-such a weight is an empty tensor, whose own numbers stand aside.
+DeepSpeed (ZeRO stage 3) does so while transformers reads a model, so that what is done to a model before it
+is trained has to know: such a weight is an empty tensor, whose own numbers stand aside. FSDP2 makes a DTensor
+of each when training begins, which is whole within a forward of the outermost module.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def is_partitioned(weights: Tensor) -> bool:
@@ -41,3 +45,26 @@ def gathered(*weights: Tensor, writes: bool = False) -> AbstractContextManager[A
         split, modifier_rank=0 if writes else None
     )
     return context
+
+
+@contextmanager
+def through_root(root: nn.Module, base: nn.Module) -> Iterator[None]:
+    """Within it, to call `base` is to call `root`, which adapts it, where FSDP2 has split them."""
+    if root is base or not any(isinstance(weights, DTensor) for weights in base.parameters()):
+        yield
+        return
+    own: Any = base.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        base.forward = own  # the root calls it
+        try:
+            return root(*args, **kwargs)
+        finally:
+            base.forward = forward
+
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    base.forward = forward
+    try:
+        yield
+    finally:
+        base.forward = own

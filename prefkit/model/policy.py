@@ -28,8 +28,8 @@ from prefkit.objectives.head import (
     LogitTransform,
     chunk_size,
     frozen_token_logps,
-    token_entropies,
     token_logps,
+    token_logps_and_entropies,
 )
 from prefkit.objectives.logps import ResponseLogps, sum_by_response
 
@@ -105,18 +105,22 @@ def _chunked_forward(
     output = self.model(*args, use_cache=False, **kwargs, **routers)
     # One call of the head for the whole batch: ZeRO-3 gathers its weights once, however many chunks.
     hidden = output.last_hidden_state.flatten(0, 1)[source]
-    found = {"token_logps": self.get_output_embeddings()(hidden, target)}
+    found = _read_head(self.get_output_embeddings(), hidden, target, entropies)
     if (idle := idle_weights(self, pixels)) is not None:
         found["token_logps"] = found["token_logps"] + idle
     if (values := values_at(self, hidden)) is not None:
         found["values"] = values
-    if entropies:
-        found["entropies"] = self.get_output_embeddings()(hidden, target, entropies=True)
     if balance is not None:
         mask = kwargs.get("attention_mask")
         loss = balance(output.router_logits, self.num_experts, self.num_experts_per_tok, mask)
         found["router_loss"] = _with_gradient(loss)
     return found
+
+
+def _read_head(head: Any, hidden: Tensor, target: Tensor | None, entropies: bool) -> dict[str, Tensor]:
+    if not entropies:
+        return {"token_logps": head(hidden, target)}
+    return dict(zip(("token_logps", "entropies"), head(hidden, target, entropies=True), strict=True))
 
 
 def _with_gradient(router_loss: Tensor) -> Tensor:
@@ -136,14 +140,14 @@ def _head_forward(
     *,
     transform: LogitTransform,
     vocabulary: int,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     plain = partial(type(self).forward, self)
     if target is None:
         logits: Tensor = plain(hidden)
         return logits
     chunk = chunk_size(vocabulary, hidden.device)
     if entropies:
-        return token_entropies(plain, hidden, transform, chunk)
+        return token_logps_and_entropies(plain, hidden, target, transform, chunk)
     if type(self) is nn.Linear and not any(parameter.requires_grad for parameter in self.parameters()):
         return frozen_token_logps(self.weight, self.bias, hidden, target, transform, chunk)
     return token_logps(plain, hidden, target, transform, chunk)

@@ -30,6 +30,7 @@ from prefkit.model.architecture import batch_dependence
 from prefkit.model.attention import plain_attention
 from prefkit.model.errors import ModelError
 from prefkit.model.growing_cache import RepeatedPrompts
+from prefkit.model.partitioned import through_root
 from prefkit.model.sampling import draw_tokens, penalise_repetition, random_numbers
 from prefkit.model.shared_decoding import SharedPrompts, can_share_prompts
 from prefkit.model.vision import generation_inputs, image_inputs, media_tokens
@@ -104,7 +105,7 @@ def sample_responses(
     obstacle = find_expansion_obstacle(base, max(map(len, prompts)) + generation.max_new_tokens)
     run = _decode if obstacle is None else _generate
     # Not `inference_mode`: what a module keeps for itself meanwhile must be of use in training.
-    with torch.no_grad(), evaluating(model), plain_attention(base):
+    with torch.no_grad(), evaluating(model), plain_attention(base), through_root(model, base):
         run(base, draws, all_done)
     return draws.collect()
 

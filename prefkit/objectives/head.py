@@ -60,15 +60,18 @@ def token_logps(
 
 
 @torch.no_grad()
-def token_entropies(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, transform: LogitTransform, chunk: int
-) -> Tensor:
-    """-sum p log p in nats and fp32, (T,), of p = softmax(transform(head(hidden))) for hidden (T, H)."""
-    found = []
-    for part in hidden.split(chunk):
-        logps = transform(head(part).float()).log_softmax(1)
-        found.append(-(logps.exp() * logps).nan_to_num(0.0).sum(1))
-    return torch.cat(found)
+def token_logps_and_entropies(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, transform: LogitTransform, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`token_logps` without gradient, and -sum p log p in nats and fp32, (T,) each, of
+    p = softmax(transform(head(hidden))) for hidden (T, H)."""
+    logps, entropies = [], []
+    for states, tokens in zip(hidden.split(chunk), target.split(chunk), strict=True):
+        logits = transform(head(states).float())
+        logps.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1))
+        all_logps = logits.log_softmax(1)
+        entropies.append(-(all_logps.exp() * all_logps).nan_to_num(0.0).sum(1))
+    return torch.cat(logps), torch.cat(entropies)
 
 
 def _checkpointed(fn: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, target: Tensor) -> Tensor:

@@ -364,6 +364,7 @@ class PickleFreeCheckpoints(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save_value_head(model, folder, state_dict)  # first: transformers takes it out of `state_dict`
         if isinstance(model, PeftModel):
             # The trained adapter alone, not the frozen copy of it that may stand beside it.
             model.save_pretrained(
@@ -373,7 +374,6 @@ class PickleFreeCheckpoints(Trainer):
             model.save_pretrained(str(folder), state_dict=state_dict)
         else:
             save_file(state_dict or model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-        save_value_head(model, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
         arguments = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}

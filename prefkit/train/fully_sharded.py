@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prefkit.config.errors import UserError
 from prefkit.train.strategy import MASTER, States, autocast
@@ -94,7 +95,7 @@ class FullySharded:
 
     def whole(self, weights: Tensor) -> Tensor:
         """Gathered from all processes."""
-        return _full(weights).cpu()
+        return _full(weights)
 
     def own_part(self, weights: Tensor) -> Tensor:
         """The part of this process."""
@@ -105,8 +106,8 @@ class FullySharded:
         """The weight and its states, each gathered."""
         states = self._optimizer.state[weights]
         return {
-            MASTER: _full(weights).cpu(),
-            **{k: _full(v).cpu() for k, v in states.items() if _is_split(v)},
+            MASTER: _full(weights),
+            **{k: _full(v) for k, v in states.items() if _is_split(v)},
         }
 
     def write_states(self, weights: nn.Parameter, states: States) -> None:
@@ -134,19 +135,18 @@ class FullySharded:
 
 
 def _full(value: Any) -> Tensor:
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return full.detach() if torch.is_tensor(full) else torch.tensor(full)
+    full = value.full_tensor() if hasattr(value, "full_tensor") else value
+    # A copy, since what has been gathered may still be on its way.
+    return full.detach().to("cpu", copy=True) if torch.is_tensor(full) else torch.tensor(full)
 
 
 def _is_split(value: Any) -> bool:
-    """Whether a state has a number for each weight, rather than being one."""
-    return torch.is_tensor(value) and value.numel() > 1
+    """Whether a state is split as its weight is, rather than being a number."""
+    return isinstance(value, DTensor)
 
 
 def _like(value: Tensor, weights: Any) -> Tensor:
     """A whole tensor split as a weight is."""
-    from torch.distributed.tensor import distribute_tensor
-
     here = value.to(weights.device)
     if not hasattr(weights, "device_mesh"):
         return here

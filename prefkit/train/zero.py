@@ -211,11 +211,11 @@ class Zero:
 
 
 def _tensors(state: dict[str, Any]) -> States:
-    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.numel() > 1}
+    return {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (torch.is_tensor(value) and value.numel() == 1)
+    return isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import make_model, make_tokenizer
 from tests.train.engines import KEYS, use_fsdp_on_cpu
 from tests.train.forks import FORKS, Fork, two_ranks
-from tests.train.runs import losses, read, run, weights
+from tests.train.runs import losses, read, run, unfinish, weights
 
 pytestmark = FORKS
 Write = Callable[..., Path]
+_PATIENCE = 180.0  # seconds for a run that hangs
 
 STAGES: dict[str, dict[str, Any]] = {
     "dpo": {"eval_dataset": "held_out"},
     "kto": {"stage": "kto", "dataset": "judged", "eval_dataset": "judged_held_out"},
     "rm": {"stage": "rm", "eval_dataset": "held_out"},
 }
-LORA_TUNING = {"finetuning_type": "lora", "additional_target": "lm_head"}
 TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"finetuning_type": "lora"},
     "full": {"finetuning_type": "full"},
@@ -48,7 +51,7 @@ def run_on(engine: str, folder: Path, *words: object) -> str:
         Fork(folder / f"rank-{rank}.txt", on(engine, **arguments))
         for rank, arguments in enumerate(two_ranks("train", *words))
     ]
-    codes = [rank.end() for rank in ranks]
+    codes = [rank.kill_after(_PATIENCE) for rank in ranks]
     assert codes == [0, 0], "".join(rank.printed() for rank in ranks)
     return ranks[0].printed()
 
@@ -78,3 +81,111 @@ def test_two_processes_are_one_with_twice_the_batch(
     )
     run_on(engine, tmp_path, two)
     assert_same(tmp_path / "one", tmp_path / "two")
+
+
+SPLIT = ("zero1", "zero2", "zero3", "fsdp")
+PPO = {
+    "stage": "ppo",
+    "reward_function": f"{Path(__file__).with_name('rewards.py')}:plain",
+    "template": "chatml",
+    "gradient_accumulation_steps": 2,
+    "ppo_epochs": 2,
+    "ppo_group_size": 2,
+    "max_new_tokens": 8,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "eval_dataset": "held_out",
+    "do_eval": True,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("engine", SPLIT)
+def test_ppo_draws_and_learns_the_same(engine: str, tuning: str, write_config: Write, tmp_path: Path) -> None:
+    keys = {**PPO, **TUNINGS[tuning], "per_device_train_batch_size": 2}
+    run_on("ddp", tmp_path, write_config(**keys, output_dir=str(tmp_path / "one")))
+    run_on(engine, tmp_path, write_config(**keys, **KEYS[engine], output_dir=str(tmp_path / "two")))
+    assert_same(tmp_path / "one", tmp_path / "two")
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "eval_samples.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["answer"] for row in one] == [row["answer"] for row in two]
+
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "second model": {"finetuning_type": "full", "ref_cache": False},
+    "named": {"ref_cache": False},
+    "cache": {"finetuning_type": "full", "num_train_epochs": 2, "max_steps": -1},
+    "cache as they come": {"num_train_epochs": 2, "max_steps": -1},
+    "trained head": {"additional_target": "lm_head", "activation_checkpointing": True},
+    "samples": {"sample_prompts": 2, "sample_max_new_tokens": 8, "do_predict": True},
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_each_reference(
+    engine: str, reference: str, write_config: Write, tmp_path: Path, other_model: Path
+) -> None:
+    keys: dict[str, Any] = {**STAGES["dpo"], "gradient_accumulation_steps": 2, **REFERENCES[reference]}
+    if reference == "named":
+        keys["ref_model"] = str(other_model)
+    run(write_config(**keys, per_device_train_batch_size=2, output_dir=str(tmp_path / "one")))
+    two = write_config(
+        **keys,
+        **KEYS[engine],
+        per_device_train_batch_size=1,
+        output_dir=str(tmp_path / "two"),
+        cache_dir=str(tmp_path / "own-cache"),
+    )
+    run_on(engine, tmp_path, two)
+    assert_same(tmp_path / "one", tmp_path / "two")
+    if reference == "samples":
+        assert (tmp_path / "one/samples.md").read_text() == (tmp_path / "two/samples.md").read_text()
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokens."""
+    folder = tmp_path_factory.mktemp("other-llama")
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "keys", [STAGES["dpo"], {**STAGES["rm"], "finetuning_type": "full"}, PPO], ids=["dpo", "rm", "ppo"]
+)
+@pytest.mark.parametrize("engine", SPLIT)
+def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(
+    engine: str, keys: dict[str, Any], write_config: Write, tmp_path: Path
+) -> None:
+    given = {
+        **keys,
+        "max_steps": 4,
+        "save_steps": 1,
+        "lora_dropout": 0.1,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+    }
+    given |= KEYS[engine] | {"per_device_train_batch_size": 1}
+    if given.get("finetuning_type") == "full":
+        del given["lora_dropout"]
+    config = write_config(**given)
+    run_on(engine, tmp_path, config)
+    before = {**weights(tmp_path / "out")}
+    logged = losses(tmp_path / "out")
+    unfinish(tmp_path / "out")
+    newest = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-2]
+    shutil.rmtree(newest)
+    run_on(engine, tmp_path, config)
+    after = weights(tmp_path / "out")
+    assert losses(tmp_path / "out") == logged
+    assert all(torch.equal(before[name], after[name]) for name in before)
