@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
     given.setdefault("log_level", "error")
     given.setdefault("log_level_replica", "error")
     given.setdefault("ddp_find_unused_parameters", False)
+    if "LOCAL_RANK" in os.environ and not has_accelerator:
+        given.setdefault("ddp_backend", "gloo")
     if config.method.stage == "ppo":
         given.setdefault("logging_steps", 1)  # a rollout takes long
         if (
@@ -78,9 +81,8 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     if args.n_gpu > 1:
         raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process: launch with "
-            f"`torchrun --nproc_per_node {args.n_gpu} -m prefkit train ...`, "
-            "or set CUDA_VISIBLE_DEVICES to one of them."
+            f"{args.n_gpu} GPUs are visible to one process that a launcher started: have it start "
+            f"{args.n_gpu}, set CUDA_VISIBLE_DEVICES to one of them, or run `prefkit train` without it."
         )
     return args
 
