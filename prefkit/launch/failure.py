@@ -55,8 +55,8 @@ def exit_code(first: Ended | None, stopped_by: int) -> int:
 
 def describe(first: Ended, ended: Mapping[int, Ended], world: int, folder: Path, log: Path | None) -> str:
     """What happened, to be printed; `folder` has what processes printed, `log` is a file with everything."""
-    where = f" Tracebacks and last words of all processes are in {log}." if log else ""
-    again = " The same command goes on from the newest checkpoint, if there is one."
+    where = f"\nTracebacks and last words of all processes are in {log}." if log else ""
+    again = "\nThe same command goes on from the newest checkpoint, if there is one."
     who = f"process {first.rank} of {world}"
     if first.is_hang:
         stacks = _stacks(ended, folder)
@@ -75,8 +75,8 @@ def _said(report: Report, ended: Mapping[int, Ended], world: int, who: str) -> s
         return f"{who}: {report.message}" if is_alone else report.message
     what = f"{report.message}{_place(report.trace)}"
     if report.lost_peer:
-        return f"{who} lost its connection to another one, which says why where it ran.\n  {what}\n"
-    return f"{who} failed: {what}\n"
+        return f"{who} lost its connection to another one, which says why where it ran.\n  {what}"
+    return f"{who} failed: {what}"
 
 
 def _place(trace: str) -> str:
@@ -110,7 +110,7 @@ def _printed(rank: int, folder: Path) -> str:
 
 def _last_lines(one: Ended, folder: Path) -> str:
     lines = _printed(one.rank, folder).strip().splitlines()[-_SHOWN_LINES:]
-    return "".join(f"\n  {line}" for line in ["Its last lines:", *lines]) + "\n" if lines else ""
+    return "".join(f"\n  {line}" for line in ["Its last lines:", *lines]) if lines else ""
 
 
 def _stacks(ended: Mapping[int, Ended], folder: Path) -> str:

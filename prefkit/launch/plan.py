@@ -130,7 +130,8 @@ def _start(variables: Variables, devices: Devices, cores: int, task: Task) -> Al
     variables.finish()
     environment = variables.environment
     is_given = bool(environment.get("NPROC_PER_NODE"))
-    several = processes > 1 and (is_given or _BY_ACCELERATE not in environment)
+    # One process that sees several GPUs would be taken for their owner, and has to be told that it is not.
+    several = max(processes, devices.visible) > 1 and (is_given or _BY_ACCELERATE not in environment)
     if not (forced or several or meeting.max_nodes > 1 or meeting.rendezvous or restarts):
         if _BY_ACCELERATE in environment and "MASTER_PORT" in environment and not devices.visible:
             notes += (_ONE_BY_ACCELERATE,)

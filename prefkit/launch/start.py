@@ -66,7 +66,7 @@ def launch(plan: Launch, config: RunConfig, file: Path, overrides: Sequence[str]
     began = float(os.environ.get(_STARTED, time.time()))
     left = plan.restarts
     while True:
-        more = _keys_that_go_on(config, began) if is_again else []
+        more = keys_that_go_on(config, began) if is_again else []
         code, may_go_on = _attempt(plan, config, own_command(["train", str(file), *overrides, *more]))
         if not (left and may_go_on):
             return code
@@ -76,7 +76,7 @@ def launch(plan: Launch, config: RunConfig, file: Path, overrides: Sequence[str]
         is_again, left = True, left - 1
 
 
-def _keys_that_go_on(config: RunConfig, began: float) -> list[str]:
+def keys_that_go_on(config: RunConfig, began: float) -> list[str]:
     """Keys for another attempt: it goes on with what this launch has begun, and not with an older run."""
     record = output_path(config) / RECORD_FILE
     if not record.exists() or record.stat().st_mtime < began:
