@@ -105,7 +105,7 @@ def _attempt(plan: Launch, config: RunConfig, command: Sequence[str]) -> tuple[i
             return code, False
         log = None if first.is_users else _write_log(place, "".join(full_story(ended, folder)))
         print(describe(first, ended, plan.world, folder, log), file=sys.stderr)
-        return code, not first.is_users
+        return code, not (first.is_users or ranks.stopped_by)
 
 
 def _log_name(plan: Launch) -> str:

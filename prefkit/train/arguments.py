@@ -81,8 +81,9 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     if args.n_gpu > 1:
         raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process that a launcher started: have it start "
-            f"{args.n_gpu}, set CUDA_VISIBLE_DEVICES to one of them, or run `prefkit train` without it."
+            f"{args.n_gpu} GPUs are visible to this process, which can use one. `prefkit train` starts a "
+            "process for each, unless a launcher has started it: have that start as many, or set "
+            "CUDA_VISIBLE_DEVICES to one of them."
         )
     return args
 

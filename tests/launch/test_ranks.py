@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +176,41 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     assert parent.process.wait(20) == 143
 
 
+def test_all_stand_still_with_the_one_that_waits(tmp_path: Path) -> None:
+    """Ctrl-Z, and `fg`."""
+    parent = Parent(tmp_path, "stop")
+    all_of_them = [parent.process.pid, *children(parent.process.pid)]
+    assert len(all_of_them) == 3
+    parent.process.send_signal(signal.SIGTSTP)
+    wait_for(lambda: [state(pid) for pid in all_of_them] == ["T"] * 3)
+    parent.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: "T" not in [state(pid) for pid in all_of_them])
+    parent.process.send_signal(signal.SIGTERM)
+    assert parent.process.wait(20) == 143
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def state(pid: int) -> str:
+    """The letter by which the system says what a process does."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_none_outlives_the_one_that_waits(tmp_path: Path) -> None:
     end = "open(os.path.join(os.environ['PREFKIT_LAUNCH_FOLDER'], f'end-{rank}'), 'w').close()"
     parent = Parent(tmp_path, f"lambda *_: ({end}, os._exit(0))")
     parent.process.kill()
     parent.process.wait()
-    deadline = time.monotonic() + 10
-    while not all((tmp_path / f"end-{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: all((tmp_path / f"end-{rank}").exists() for rank in (0, 1)))
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
