@@ -39,7 +39,7 @@ class Meeting:
             else f"{self.min_nodes} to {self.max_nodes}"
         )
         if self.rendezvous:
-            return f", as soon as {nodes} have met at {self.address}" if self.max_nodes > 1 else ""
+            return f", as soon as {nodes} machines have met at {self.address}" if self.max_nodes > 1 else ""
         if self.max_nodes > 1:
             return f", number {self.node} of {nodes} that meet at {self.address}:{self.port}"
         return ""

@@ -74,7 +74,7 @@ def test_what_is_said_of_it() -> None:
         "machine, number 1 of 2 that meet at 10.0.0.5:29500 (1 GPU is": plan(
             TWO_NODES | {"NODE_RANK": "1"}, ONE
         ),
-        "as soon as 1 to 2 have met": plan(
+        "as soon as 1 to 2 machines have met": plan(
             TWO_NODES | {"RDZV_ID": "x", "MIN_NNODES": "1", "MAX_NNODES": "2"}, FOUR
         ),
     }
