@@ -45,7 +45,8 @@ def train(
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys to set besides.")
     ] = None,
 ) -> None:
-    """Train as a YAML file says; docs/keys.md lists its keys."""
+    """Train as a YAML file says, in a process for each GPU; docs/keys.md lists its keys, docs/distributed.md
+    the variables for several processes."""
     from prefkit.config.load import load_config
 
     loaded = load_config(config, overrides or [])

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
-from prefkit.launch.plan import Launch
+from prefkit.launch.plan import Devices, Launch
 from prefkit.launch.ranks import free_port
-from prefkit.launch.start import keys_that_go_on, launch
+from prefkit.launch.start import count_cores, count_devices, keys_that_go_on, launch
 from prefkit.train.checkpoint import find_newest_checkpoint, verify_checkpoint
 from tests.train.forks import call, forks
 from tests.train.runs import read
@@ -131,10 +132,13 @@ def test_an_error_in_one_process(start: Any, write_config, tmp_path: Path) -> No
     assert "Traceback (most recent call last)" in log.read_text() and "IndexError" in log.read_text()
 
 
-def test_a_signal_saves_and_gives_its_code(start: Any, write_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, pytest.param({"RDZV_ID": "job"}, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_gives_its_code(
+    more: dict[str, str], start: Any, write_config, tmp_path: Path
+) -> None:
     """To the command, as a batch system sends it; all processes have ended when it has."""
     config = write_config(max_steps=500, save_steps=1000, sample_prompts=0)
-    started = start(config, fault=f"(Path({str(tmp_path)!r}) / f'at-{{rank}}').touch()", **TWO)
+    started = start(config, fault=f"(Path({str(tmp_path)!r}) / f'at-{{rank}}').touch()", **TWO, **more)
     while not (tmp_path / "at-1").exists():
         time.sleep(0.05)
         assert started.process.poll() is None
@@ -162,6 +166,15 @@ def test_wrong_variables_and_configs_that_cannot_be_read_again(
     config = load_config(write_config()).config
     with pytest.raises(UserError, match="several processes read it"):
         launch(Launch(2, "test", 1), config, Path("/dev/null"), [])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_devices_are_counted_whatever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert count_devices() == Devices(0, 0)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    assert count_devices() == Devices(0, 0)
+    assert count_cores() >= 1
 
 
 def test_only_its_own_run_is_gone_on_with(write_config, tmp_path: Path) -> None:
