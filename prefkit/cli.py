@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -14,10 +15,11 @@ import typer
 
 from prefkit import __version__
 from prefkit.config.errors import UserError
+from prefkit.train.launched import end_with_parent, has_starter, is_launched, write_report
 
 if TYPE_CHECKING:
     from prefkit.config.rules import Rules
-    from prefkit.config.schema import UseConfig
+    from prefkit.config.schema import RunConfig, UseConfig
     from prefkit.serve.assistant import Sampling
 
 app = typer.Typer(
@@ -43,15 +45,18 @@ def train(
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys to set besides.")
     ] = None,
 ) -> None:
-    """Train as a YAML file says; docs/keys.md lists its keys."""
+    """Train as a YAML file says, in a process for each GPU; docs/keys.md lists its keys, docs/distributed.md
+    the variables for several processes."""
     from prefkit.config.load import load_config
 
     loaded = load_config(config, overrides or [])
-    _say_warnings(loaded.warnings)
     from prefkit.train.place import command_that_goes_on, look_ahead
 
-    if os.environ.get("RANK", "0") == "0":
+    if _leads() and not has_starter():  # or it has done so
+        _say_warnings(loaded.warnings)
         look_ahead(loaded.config, print)
+    if (code := _start_several(loaded.config, config, overrides or [])) is not None:
+        sys.exit(code)
     _quiet_libraries()
 
     from prefkit.runs.report import make_console
@@ -244,6 +249,33 @@ def _read_use(source: str, overrides: list[str] | None, rules: Rules) -> UseConf
     return loaded.config
 
 
+def _start_several(config: RunConfig, file: Path, overrides: list[str]) -> int | None:
+    """Train in several processes, if there are to be; the exit code, or None where this one trains."""
+    from prefkit.launch.plan import Alone, Devices, Launch, Member, make_plan
+    from prefkit.launch.start import count_cores, count_devices, launch
+
+    count = Devices if config.training.get("use_cpu") else count_devices
+    plan = make_plan(os.environ, count, count_cores())
+    if isinstance(plan, Member):
+        os.environ.update(plan.variables)
+        return None
+    for note in plan.notes:
+        print(note)
+    if isinstance(plan, Alone):
+        return None
+    assert isinstance(plan, Launch)
+    if not has_starter():
+        print(plan.describe(), flush=True)
+    return launch(plan, config, file, overrides)
+
+
+def _leads() -> bool:
+    """Whether this process speaks for those that it works together with, if any."""
+    from prefkit.launch.plan import rank_of
+
+    return rank_of(os.environ) == 0
+
+
 def _say_warnings(texts: Iterable[str]) -> None:
     for text in texts:
         print(f"warning: {text}", file=sys.stderr)
@@ -321,11 +353,18 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if len(sys.argv) > 1 and sys.argv[1] in _ELSEWHERE:
         sys.exit(f"prefkit has no `{sys.argv[1]}`. {_ELSEWHERE[sys.argv[1]]}")
+    if is_launched():
+        end_with_parent()
+    if "LOCAL_RANK" in os.environ:  # deepspeed says it once more, before all other arguments
+        sys.argv = [word for word in sys.argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]
     try:
         _leave(_run())
     except KeyboardInterrupt:
         _leave(130)
-    except BaseException:
+    except BaseException as error:
+        if is_launched():
+            write_report(error)
+            _leave(1)
         if not _is_rank():
             raise
         sys.excepthook(*sys.exc_info())
@@ -337,7 +376,9 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        if error.of_one_rank or os.environ.get("RANK", "0") == "0":
+        if is_launched():
+            write_report(error)
+        elif error.of_one_rank or _leads():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as end:

@@ -61,7 +61,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
     ("refuse", _OPTIMIZERS,
      {"use_galore": False, "use_apollo": False, "use_badam": False, "use_adam_mini": False,
       "use_muon": False}),
-    ("refuse", "this backend is not in this version: remove the key, and run torchrun for several GPUs",
+    ("refuse", "this backend is not in this version: remove the key; several GPUs are used without it",
      {"use_kt": False, "use_mca": False, "ray_num_workers": 1}),
     ("refuse", "preference pairs are not packed: remove the key; batch_layout: shared saves the same work",
      {"packing": None, "neat_packing": False}),

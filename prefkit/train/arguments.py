@@ -61,6 +61,8 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
     given.setdefault("log_level", "error")
     given.setdefault("log_level_replica", "error")
     given.setdefault("ddp_find_unused_parameters", False)
+    if "LOCAL_RANK" in os.environ and not has_accelerator:
+        given.setdefault("ddp_backend", "gloo")
     if config.method.stage == "ppo":
         given.setdefault("logging_steps", 1)  # a rollout takes long
         if (
@@ -91,9 +93,9 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     if args.n_gpu > 1:
         raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process: launch with "
-            f"`torchrun --nproc_per_node {args.n_gpu} -m prefkit train ...`, "
-            "or set CUDA_VISIBLE_DEVICES to one of them."
+            f"{args.n_gpu} GPUs are visible to this process, which can use one. `prefkit train` starts a "
+            "process for each, unless a launcher has started it: have that start as many, or set "
+            "CUDA_VISIBLE_DEVICES to one of them."
         )
     return args
 

@@ -23,7 +23,7 @@ from prefkit.train.checkpoint import (
     verify_checkpoint,
 )
 from prefkit.train.lock import LOCK_FILE
-from prefkit.train.place import PROBE, output_path
+from prefkit.train.place import FAILURE_LOG, PROBE, output_path
 from prefkit.train.spikes import SPIKE_FILE
 
 # What a run writes into its folder.
@@ -32,7 +32,9 @@ _WRITTEN = (
     *("model*.safetensors*", "config.json", "generation_config.json", PROBE_FILE),
     *("samples.md", "samples.jsonl", "predictions.jsonl", "README.md", CONFIG_FILE, RECORD_FILE, DATA_FILE),
     *(SPIKE_FILE, SCORES_FILE, CALIBRATION_FILE, CALIBRATION_PLOT),
+    FAILURE_LOG.replace(".", "*."),
 )
+_FAILURE_LOG = re.compile(FAILURE_LOG.replace(".", r"(-\d+)?\."))
 _SCRATCH = re.compile(rf"{re.escape(PROBE)}|\..+{re.escape(SCRATCH_SUFFIX)}")
 _SCRATCH_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
@@ -141,7 +143,9 @@ def _verify_named(checkpoint: str) -> None:
 
 def _is_scratch(path: Path) -> bool:
     """Whether a name in an output folder is one that only a kill leaves, or that of its lock."""
-    return path.name == LOCK_FILE or bool(_SCRATCH.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+    if path.name == LOCK_FILE or _FAILURE_LOG.fullmatch(path.name):
+        return True
+    return bool(_SCRATCH.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
 
 
 def _remove_scratch(path: Path, is_ours: bool) -> None:

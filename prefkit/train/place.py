@@ -11,6 +11,7 @@ from prefkit.files import DiskError, make_folder
 from prefkit.train.lock import FolderLock
 
 PROBE = ".prefkit-probe"
+FAILURE_LOG = "failed_processes.log"  # of several that worked together; with a number, where machines did
 
 
 def output_path(config: RunConfig) -> Path:

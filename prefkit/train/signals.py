@@ -17,10 +17,15 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# SIGUSR1 is what a batch system is told to send before the time is up (`sbatch --signal=USR1@300`).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from prefkit.train.launched import SIGNALS, is_launched
+
 # A launcher hands on what the terminal has sent already: within these seconds it is the same signal.
 _ECHO_SECONDS = 3.0
+
+
+def _is_handed_on() -> bool:
+    """Whether a launcher hands signals on to this process."""
+    return is_launched() or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class Interrupted(BaseException):
@@ -81,7 +86,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._time < _ECHO_SECONDS:
+            if _is_handed_on() and time.monotonic() - self._time < _ECHO_SECONDS:
                 return
             if self.leads:
                 os.write(2, b"\nEnded at once; the newest checkpoint is what the run goes on from.\n")

@@ -17,8 +17,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefkit.config.errors import UserError
+from prefkit.train.launched import HANG
 
-EXIT_CODE = 70
 _HELP = (
     "Where a step, an evaluation batch or a save simply takes longer, raise `hang_timeout`; otherwise the "
     "stacks say what it waited for. The same command goes on from the newest checkpoint, if there is one."
@@ -114,7 +114,7 @@ class Watchdog:
         finally:
             for child in multiprocessing.active_children():
                 child.kill()  # a worker that hangs would outlive this process
-            os._exit(EXIT_CODE)
+            os._exit(HANG)
 
     def _write_stacks(self) -> None:
         self._write(
@@ -155,7 +155,7 @@ class Heartbeat(TrainerCallback):
 class WorkerDied(UserError):
     """A process that loads data ended before its time."""
 
-    exit_code = EXIT_CODE
+    exit_code = HANG
     of_one_rank = True
 
 

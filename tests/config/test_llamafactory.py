@@ -58,7 +58,7 @@ LIFTED = {
     "resuming rm and ppo": "a checkpoint does not depend on the stage",
     "evaluation with ppo": "held-out rows are allowed with every stage",
     "a tracker other than wandb, tensorboard or trackio with ppo": "a tracker does not depend on the stage",
-    "FORCE_TORCHRUN for DeepSpeed": "torchrun is called by the user",
+    "FORCE_TORCHRUN for DeepSpeed": "prefkit/launch starts processes for whatever trains",
     "pissa_init with a reference": "the adapter at its start is the reference",
     "unsloth with ppo and a lora reward model": "use_unsloth is passed over",
 }

@@ -1,0 +1,1 @@
+"""Several processes from one command: how many, how they find each other, and what becomes of them."""
