@@ -139,16 +139,26 @@ class Zero:
 
     def write_states(self, weights: nn.Parameter, states: States) -> None:
         """By DeepSpeed's own writing of single weights."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
         here = {name: value.to(self.args.device) for name, value in states.items()}
-        master = here.pop(MASTER)
         with torch.no_grad(), gathered(weights, writes=True):
-            weights.copy_(master)
-        safe_set_full_fp32_param(weights, master.float())
+            weights.copy_(here[MASTER])
+        set_master, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        if is_partitioned(weights):
+            # Its setting of whole weights forgets that the last partition is padded.
+            set_master, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+            here = {name: self._own_part_of(value, weights) for name, value in here.items()}
+        set_master(weights, here.pop(MASTER).float())
         self._make_states(here)
         for name, value in here.items():
-            safe_set_full_optimizer_state(weights, value, name)
+            set_state(weights, value, name)
+
+    def _own_part_of(self, value: Tensor, weights: Any) -> Tensor:
+        """Of a whole tensor the partition that this process has of a weight, padded with zeros."""
+        size = weights.ds_tensor.numel()
+        part = value.flatten()[size * self.args.process_index :][:size]
+        return nn.functional.pad(part, (0, size - len(part)))
 
     def scalars(self) -> dict[str, Any]:
         """Numbers of steps, rates of the groups, and the scale of an fp16 loss."""
