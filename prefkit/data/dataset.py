@@ -15,6 +15,7 @@ from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.formats import Use
 from prefkit.data.ledger import Ledger
+from prefkit.data.lengths import WHOLE
 from prefkit.data.mixing import hold_out, mix
 from prefkit.data.partners import with_partners
 from prefkit.data.readers import DataError
@@ -23,7 +24,7 @@ from prefkit.data.sources import DatasetEntry, find_datasets
 from prefkit.data.store import EncodedRows, store_root
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
-from prefkit.data.view import WHOLE, RowView
+from prefkit.data.view import RowView
 
 USES: dict[str, Use] = {"dpo": "pairs", "rm": "pairs", "kto": "judged", "ppo": "prompts"}
 _HELD_OUT = "the held-out rows"

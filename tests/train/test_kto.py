@@ -348,5 +348,5 @@ def test_two_processes_are_one_with_twice_the_batch(write_config: Write, tmp_pat
         timeless = [
             name for name in a if "runtime" not in name and "per_second" not in name and "flos" not in name
         ]
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() - {"work_imbalance", "work_imbalance/undealt"}
         assert [a[name] for name in timeless] == pytest.approx([b[name] for name in timeless], abs=1e-4)
