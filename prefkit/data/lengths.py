@@ -14,8 +14,8 @@ WHOLE = -1  # in the place of a pair: the example with all its pairs
 
 
 class Lengths(NamedTuple):
-    """Of n rows, (n,) each: tokens of the prompt, the number of responses, the sum of their tokens and the sum
-    of the squares of these."""
+    """Of n rows, (n,) each: tokens of the prompt, their responses, the sum of the tokens of these and the sum
+    of the squares."""
 
     prompts: np.ndarray
     numbers: np.ndarray

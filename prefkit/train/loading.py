@@ -13,7 +13,7 @@ from transformers.trainer_utils import seed_worker
 
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.lengths import lengths_of_rows
-from prefkit.data.packing import FILLER, Packer
+from prefkit.data.packing import FILLER, Layout, Packer
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.view import RowView
 from prefkit.train.dealing import Dealer, DealtBatches, Share, costs_of
@@ -50,15 +50,20 @@ class SharedRows(Dataset[TokenizedExample]):
 
 
 class SharedStream(IterableDataset[Shared]):
-    """The shares of a stream, which each rank reads as a whole; it ends with its last whole step."""
+    """The shares of a stream, which each rank reads as a whole, and so does each data worker."""
 
-    def __init__(self, rows: StreamedRows, dealer: Dealer, layout: Any, width: int) -> None:
+    def __init__(self, rows: StreamedRows, dealer: Dealer, layout: Layout, width: int) -> None:
         self.rows, self.dealer = rows, dealer
         self.layout, self.width = layout, width
 
     def __iter__(self) -> Iterator[Shared]:
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return islice(self._shares(), first, None, every)
+
+    def _shares(self) -> Iterator[Shared]:
         rows = iter(self.rows)
-        while len(step := list(islice(rows, self.dealer.rows_per_step))) == self.dealer.rows_per_step:
+        while step := list(islice(rows, self.dealer.rows_per_step)):
             costs = costs_of(lengths_of_rows(step), self.layout, self.width)
             for share in self.dealer.shares(costs.tolist()):
                 yield Shared([step[place] for place in share.rows], share)
