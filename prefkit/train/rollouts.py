@@ -147,8 +147,10 @@ class RolloutSource:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     def _own_numbers(self) -> list[int]:
-        """The numbers, in this rollout, of the prompts that are this rank's: its part of those of each update,
-        which are consecutive, so that they do not depend on how many ranks there are."""
+        """The numbers, in this rollout, of the prompts that are this rank's: a part of those of each update.
+
+        An update has consecutive ones, the same for any number of ranks.
+        """
         own, rank, world = self._prompts_per_update, self.args.process_index, self.args.world_size
         starts = ((update * world + rank) * own for update in range(self.config.ppo.ppo_buffer_size))
         return [number for start in starts for number in range(start, start + own)]
@@ -193,8 +195,8 @@ class RolloutSource:
         return batches, gather(counts[None]).sum(0).cpu()
 
     def _pack(self, drawn: Drawn, answers: Sequence[TokenizedExample]) -> list[MicroBatch]:
-        """Packed batches, update by update, of drawn rows of like length, each with as many answers where there
-        are any."""
+        """Packed batches, update by update, of drawn rows of like length, each with as many answers where
+        there are any."""
         rows, size, own = drawn.rows, self.args.per_device_train_batch_size, self._prompts_per_update
         order = sorted(range(len(rows)), key=lambda i: (i // own, -rows[i].num_tokens, i))
         batches = []
