@@ -47,10 +47,10 @@ def train(
     from prefkit.config.load import load_config
 
     loaded = load_config(config, overrides or [])
-    _say_warnings(loaded.warnings)
     from prefkit.train.place import command_that_goes_on, look_ahead
 
     if os.environ.get("RANK", "0") == "0":
+        _say_warnings(loaded.warnings)
         look_ahead(loaded.config, print)
     _quiet_libraries()
 

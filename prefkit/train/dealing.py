@@ -20,8 +20,8 @@ Cells = list[list[list[int]]]  # for each micro-step, for each rank, rows by the
 
 
 class Work(NamedTuple):
-    """The cost of a step: that of the rank which has most, the mean of all ranks, and what the rank with most
-    would have if rows were taken in their order."""
+    """The cost of a step, between the places where ranks wait for each other: of the rank that has most, the
+    mean of all ranks, and of the one that would have most if rows were taken in their order."""
 
     largest: float
     mean: float
@@ -82,16 +82,17 @@ def deal(costs: Sequence[float], num_ranks: int, size: int) -> Cells:
 def _deal_to_ranks(costs: Sequence[float], num_ranks: int, size: int) -> list[list[int]]:
     """The rows of each rank: spread, or in their order where that is as even in number and better in cost."""
     spread = _spread(costs, range(len(costs)), num_ranks)
-    in_order = [
-        [i for i in range(len(costs)) if _undealt_rank(i, num_ranks, size) == r] for r in range(num_ranks)
-    ]
+    in_order = _in_order(costs, num_ranks, size)
     is_even = all(len(one) == len(other) for one, other in zip(spread, in_order, strict=True))
     return in_order if is_even and _largest(costs, in_order) < _largest(costs, spread) else spread
 
 
-def _undealt_rank(place: int, num_ranks: int, size: int) -> int:
-    """The rank that has a row where each takes a batch in turn."""
-    return place // size % num_ranks
+def _in_order(costs: Sequence[float], num_ranks: int, size: int) -> list[list[int]]:
+    """The rows of each rank where each takes a batch in turn."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    for row in range(len(costs)):
+        ranks[row // size % num_ranks].append(row)
+    return ranks
 
 
 def _largest(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
@@ -164,30 +165,26 @@ class Dealer:
 
     def shares(self, costs: Sequence[float]) -> list[Share]:
         """This rank's part of a step whose rows have these costs, in the order of its micro-steps."""
-        cells = self._cells(costs)
         filler = [min(range(len(costs)), key=lambda i: (costs[i], i))]
-        own = [step[self.rank] for step in cells]
-        shares = [Share(rows) if rows else Share(filler, learns=False) for rows in own]
+        shares: list[Share] = []
+        work = Work(0.0, 0.0, 0.0)
+        number = self.num_ranks * self.size * self.together
+        for first in range(0, len(costs), number):
+            part = costs[first : first + number]
+            cells = deal(part, self.num_ranks, self.size)
+            for step in cells:
+                rows = [first + row for row in step[self.rank]]
+                shares.append(Share(rows) if rows else Share(filler, learns=False))
+            work = Work(*map(sum, zip(work, self._work(part, cells), strict=True)))
         if self.num_ranks > 1:
-            shares[0] = shares[0]._replace(work=self._work(costs, cells))
+            shares[0] = shares[0]._replace(work=work)
         return shares
 
-    def _cells(self, costs: Sequence[float]) -> Cells:
-        number = self.num_ranks * self.size * self.together
-        return [
-            [[first + row for row in rows] for rows in step]
-            for first in range(0, len(costs), number)
-            for step in deal(costs[first : first + number], self.num_ranks, self.size)
-        ]
-
     def _work(self, costs: Sequence[float], cells: Cells) -> Work:
-        dealt, undealt = [0.0] * self.num_ranks, [0.0] * self.num_ranks
-        for step in cells:
-            for rank, rows in enumerate(step):
-                dealt[rank] += _sum(costs, rows)
-        for row, cost in enumerate(costs):
-            undealt[_undealt_rank(row, self.num_ranks, self.size)] += cost
-        return Work(max(dealt), sum(dealt) / self.num_ranks, max(undealt))
+        """That of rows which were dealt together."""
+        dealt = [sum(_sum(costs, rows) for rows in own) for own in zip(*cells, strict=True)]
+        undealt = _in_order(costs, self.num_ranks, self.size)
+        return Work(max(dealt), sum(dealt) / self.num_ranks, _largest(costs, undealt))
 
 
 class DealtBatches:
