@@ -27,6 +27,12 @@ class Work(NamedTuple):
     mean: float
     undealt: float
 
+    def imbalances(self) -> list[tuple[str, tuple[float, float]]]:
+        """How much more the rank with most has than the mean, dealt as it was and undealt: by the names of
+        the log, as (sum, count)."""
+        named = (("work_imbalance", self.largest), ("work_imbalance/undealt", self.undealt))
+        return [(name, (most, self.mean)) for name, most in named]
+
 
 class Share(NamedTuple):
     """What a rank computes in a micro-step: rows by their number, or without `learns` a filler, a row whose

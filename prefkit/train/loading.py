@@ -8,6 +8,8 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers.trainer_utils import seed_worker
 
@@ -96,6 +98,13 @@ class SharesLoader(DataLoader[Any]):
         sampler: Any = self.batch_sampler
         if sampler is not None:
             sampler.set_epoch(epoch)
+
+
+def rows_in_order(tables: Any, numbers: Any) -> Tensor:
+    """Tables (n, K) of what all ranks say of held-out rows with their numbers (n,): each row once, in order.
+    A number below 0 marks what is of no row."""
+    of_rows = torch.as_tensor(numbers)
+    return torch.as_tensor(tables)[of_rows.argsort()[(of_rows < 0).sum() :]]
 
 
 @dataclass(frozen=True)

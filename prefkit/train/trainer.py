@@ -22,9 +22,8 @@ from prefkit.objectives.metrics import by_label, held_out_metrics, means
 from prefkit.train.answered import JudgeFailed
 from prefkit.train.answers import answer_and_judge, means_of, write_answers
 from prefkit.train.checkpoint import PickleFreeCheckpoints
-from prefkit.train.dealing import Work
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
-from prefkit.train.loading import NUMBERS, WORK, Collator, Loaders, SharesLoader
+from prefkit.train.loading import NUMBERS, WORK, Collator, Loaders, SharesLoader, rows_in_order
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import Interrupted, StopSignals
@@ -166,7 +165,10 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         Gradients are the same but for rounding; dropout draws anew.
         """
         if (work := inputs.get(WORK)) is not None:
-            _add_sums(self._window_sums, _imbalance(work, self.args.device))
+            sums = work.imbalances()
+            _add_sums(
+                self._window_sums, {name: torch.tensor(it, device=self.args.device) for name, it in sums}
+            )
         self._step_inputs.append(inputs)
         todo = [inputs]
 
@@ -229,7 +231,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Of each pair or judged response its number among the held-out, loss and metrics, (B, 1 + K).
+        """Loss and metrics of each pair or judged response, (B, K), and its number among the held-out, (B,).
 
         Those of an incomplete batch are followed by rows numbered -1: ranks have equally many to gather.
 
@@ -243,10 +245,12 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
         when = f"Evaluation at step {self.state.global_step}"
         table = self.evaluation_pieces.fit(attempt, lambda: None, when)
-        numbers = torch.tensor([] if FILLER in inputs else inputs[NUMBERS], device=table.device)
-        found = table.new_full((self.args.eval_batch_size, 1 + table.shape[1]), -1)
-        found[: len(numbers)] = torch.cat([numbers[:, None], table[: len(numbers)]], 1)
-        return None, found, found.new_zeros(len(found))
+        number = 0 if FILLER in inputs else len(table)
+        numbers = torch.full((self.args.eval_batch_size,), -1, device=table.device)
+        numbers[:number] = torch.tensor(inputs[NUMBERS][:number], device=table.device)
+        found = table.new_zeros(len(numbers), table.shape[1])
+        found[:number] = table[:number]
+        return None, found, numbers
 
     def _table(self, model: nn.Module, piece: dict[str, Any]) -> Tensor:
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -260,7 +264,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         return table
 
     def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        columns = _in_order(prediction.predictions).unbind(1)
+        columns = rows_in_order(prediction.predictions, prediction.label_ids).unbind(1)
         return held_out_metrics(dict(zip(self._columns, columns, strict=True)))
 
     def evaluate(
@@ -291,7 +295,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             found = {f"predict_{name}": value for name, value in means_of(answers).items()}
             return found, [asdict(answer) for answer in answers]
         output = self.predict(cast("Any", examples), metric_key_prefix="predict")
-        table = _in_order(output.predictions).tolist()
+        table = rows_in_order(output.predictions, output.label_ids).tolist()
         rows = [dict(zip(self._columns, row, strict=True)) for row in table]
         return output.metrics or {}, rows
 
@@ -396,7 +400,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device; dtypes stay, which the Trainer's own does not promise."""
-        moved: dict[str, Any] = send_to_device(inputs, self.args.device)
+        config: Any = self.args.accelerator_config
+        moved: dict[str, Any] = send_to_device(inputs, self.args.device, non_blocking=config.non_blocking)
         return moved
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | Tensor:
@@ -447,19 +452,6 @@ def _seen(inputs: dict[str, Any], output: StageOutput) -> Seen:
     """The numbers of a micro-batch: log-probs, then what is computed from them."""
     logps = {name: value for name, value in output.metrics.items() if name.startswith("logps/")}
     return Seen(inputs, {**output.reference, **logps, **output.metrics, "loss": output.losses.detach()})
-
-
-def _in_order(predictions: Any) -> Tensor:
-    """What `prediction_step` gave on all ranks: loss and metrics of each held-out row once, (rows, K)."""
-    table = torch.as_tensor(predictions)
-    table = table[table[:, 0] >= 0]
-    return table[table[:, 0].argsort(), 1:]
-
-
-def _imbalance(work: Work, device: torch.device) -> dict[str, Tensor]:
-    """How much more the rank with most has to do than the mean, as (sum, count): dealt as it was, and not."""
-    named = {"work_imbalance": work.largest, "work_imbalance/undealt": work.undealt}
-    return {name: torch.tensor([most, work.mean], device=device) for name, most in named.items()}
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

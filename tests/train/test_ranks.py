@@ -113,7 +113,12 @@ CASES: dict[str, dict[str, Any]] = {
     "kto_pair": {"pref_loss": "kto_pair", "gradient_accumulation_steps": 2},
     "kto": {"stage": "kto"},
     "kto, accumulated": {"stage": "kto", "gradient_accumulation_steps": 2},
-    "rm": {"stage": "rm", "gradient_accumulation_steps": 2},
+    "rm": {
+        "stage": "rm",
+        "gradient_accumulation_steps": 2,
+        "include_num_input_tokens_seen": "non_padding",
+        "batch_layout": "repeat",
+    },
     "streamed": {"streaming": True, "buffer_size": 4, "gradient_accumulation_steps": 2},
 }
 
@@ -130,6 +135,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert reports[0] == reports[1]
     assert not (tmp_path / "rank-1.txt").read_text()
     found = [line for line in read(two / "trainer_state.json")["log_history"] if "loss" in line]
+    assert ("num_input_tokens_seen" in found[-1]) == ("include_num_input_tokens_seen" in keys)
     full = [(line["work_imbalance"], line["work_imbalance/undealt"]) for line in found if line["step"] % 3]
     assert all(1 <= dealt <= undealt + 1e-6 for dealt, undealt in full)
     # A loss that takes something from all rows of a micro-step leaves nothing to deal with batches of one.
