@@ -87,7 +87,7 @@ _GROUPS: tuple[tuple[Verdict, str, dict[str, Any]], ...] = (
       "offload_folder": "offload", "preprocessing_batch_size": 1000,
       "half_precision_backend": "auto", "fp16_backend": "auto", "fp16_opt_level": "O1",
       "use_mps_device": False, "use_ipex": False, "torchdynamo": None, "local_rank": -1}),
-    ("ignore", "found out by itself: the first process of a node encodes where it does not find the rows of rank 0",
+    ("ignore", "found out by itself: a node that does not find the rows of rank 0 encodes its own",
      {"data_shared_file_system": False}),
     ("ignore", "concerns logging only",
      {"print_param_status": False, "include_tokens_per_second": False,
