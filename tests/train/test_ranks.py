@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from prefkit.data.rows import Encoder
 from prefkit.train import loading
 from tests.train.forks import FORKS, run_in_two
-from tests.train.runs import read, run, weights
+from tests.train.runs import read, run, same, unfinish, weights
 
 pytestmark = FORKS
 
@@ -96,7 +97,7 @@ def assert_same(one: Path, two: Path) -> None:
     """Logged losses and metrics, metrics of each held-out row and weights agree within 1e-5."""
     assert log(one) and len(log(one)) == len(log(two))
     tables = [(log(one), log(two))]
-    if not (one / "eval_samples.jsonl").exists():
+    if (one / "predict_results.json").exists() and not (one / "eval_samples.jsonl").exists():
         tables.append((predictions(one), predictions(two)))
     for a, b in (pair for table in tables for pair in zip(*table, strict=True)):
         assert a.keys() == b.keys()
@@ -180,6 +181,23 @@ def test_ppo_updates_have_the_same_rows(write: Write, tmp_path: Path) -> None:
     """Two updates in each pass over a rollout."""
     config = write(**PPO, logging_steps=1)
     assert_same(in_one(tmp_path, config), in_two(tmp_path, config))
+
+
+def test_two_processes_resume_in_the_midst_of_an_epoch(write: Write, tmp_path: Path) -> None:
+    """From the first of three steps of the second epoch, to the same bits and log, fillers and work in it."""
+    config = write(gradient_accumulation_steps=2, save_steps=4, lora_dropout=0.1, do_predict=False)
+    folder = in_two(tmp_path, config)
+    shutil.copytree(folder, tmp_path / "whole")
+    unfinish(folder)
+    assert "Resuming from" in run_in_two(tmp_path, "train", config, f"output_dir={folder}")
+    assert same(folder, tmp_path / "whole")
+    assert_same(tmp_path / "whole", folder)
+    names = ("step", "work_imbalance", "work_imbalance/undealt")
+    whole, resumed = (
+        [[line.get(name) for name in names] for line in read(run / "trainer_state.json")["log_history"]]
+        for run in (tmp_path / "whole", folder)
+    )
+    assert whole == resumed
 
 
 @pytest.mark.parametrize("overwrite", ["false", "true"])
