@@ -205,7 +205,11 @@ class _Loader:
         if len(first) < number:
             raise DataError(f"val_size: {number} rows are to be held out, and the stream has {len(first)}")
         stream.held_out = frozenset(example.source for example in first)
-        index = [(0, row, pair) for row, one in enumerate(first) for pair in range(len(one.pairs) or 1)]
+        index = [
+            (0, row, pair if one.pairs else WHOLE)
+            for row, one in enumerate(first)
+            for pair in range(len(one.pairs) or 1)
+        ]
         return stream, self._finish(RowView([first], np.array(index, dtype=np.int64)), _HELD_OUT)
 
 

@@ -122,7 +122,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The rows to train on, or what is drawn in rollouts, of which each is an epoch."""
-        return self.rollouts or self.loaders.for_training(cast("Any", self.train_dataset))
+        if self.rollouts is not None:
+            return self.rollouts
+        return self.loaders.for_training(cast("Any", self.train_dataset))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> SharesLoader:
         """Held-out rows: those of the name, those given, or all."""
