@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from .engine_checks import ENGINE_ERRORS
 from .key import STAGES
 from .ppo_checks import PPO_ERRORS, PPO_NEEDS
 from .rules import Check, Needs, Rule, Rules, adds_tokens, is_lora, is_quantized
@@ -323,12 +324,7 @@ ERRORS = (
           lambda v: None not in (v.gradient_checkpointing, v.activation_checkpointing)
           and v.gradient_checkpointing != v.activation_checkpointing,
           "is the old name of activation_checkpointing, which says the opposite: keep one"),
-    Check("deepspeed", ("deepspeed",),
-          lambda v: v.deepspeed,
-          "not in this version: remove it (deepspeed=null); torchrun trains on several processes with DDP"),
-    Check("fsdp", ("fsdp",),
-          lambda v: v.fsdp,
-          "not in this version: remove it (fsdp=null); torchrun trains on several processes with DDP"),
+    *ENGINE_ERRORS,
     Check("prefetch_without_workers", ("dataloader_prefetch_factor", "dataloader_num_workers"),
           lambda v: v.dataloader_prefetch_factor is not None and v.dataloader_num_workers == 0,
           "needs dataloader_num_workers above 0"),

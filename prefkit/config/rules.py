@@ -12,12 +12,13 @@ Rule = Callable[[SimpleNamespace], object]
 
 
 class Check(NamedTuple):
-    """A row: which keys it reads, when it is broken, what to say; a message may name any value."""
+    """A row: which keys it reads, when it is broken, what to say; a message may name any value, or be made of
+    them."""
 
     name: str
     keys: tuple[str, ...]
     is_broken: Rule
-    message: str
+    message: str | Callable[[SimpleNamespace], str]
 
 
 class Needs(NamedTuple):
@@ -71,7 +72,11 @@ def find_warnings(rules: Rules, values: SimpleNamespace, changed: Collection[str
 
 def _find(rows: tuple[Check, ...], values: SimpleNamespace, unknown: Collection[str]) -> list[Problem]:
     return [
-        Problem(row.keys[0], row.message.format_map(vars(values)))
+        Problem(row.keys[0], _say(row, values))
         for row in rows
         if not any(key in unknown for key in row.keys) and row.is_broken(values)
     ]
+
+
+def _say(row: Check, values: SimpleNamespace) -> str:
+    return row.message.format_map(vars(values)) if isinstance(row.message, str) else row.message(values)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefkit.config.schema import ModelConfig
 from prefkit.model.errors import ModelError
+from prefkit.model.partitioned import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,7 +186,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
 
 def num_rows(model: PreTrainedModel) -> int:
     """Rows of the embedding: token ids that the model takes."""
-    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+    return int(shape_of(cast(Tensor, model.get_input_embeddings().weight))[0])
 
 
 def find_model(config: ModelConfig) -> Path:

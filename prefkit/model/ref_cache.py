@@ -134,16 +134,23 @@ class CachedReference:
     """A reference that is asked once for each row.
 
     `reference` computes what the store lacks; None where everything was computed beforehand, and the
-    reference is not in memory.
+    reference is not in memory. `lacks` makes of the number of rows that the store lacks of a batch the most
+    of all processes, where these have to call the reference equally often.
     """
 
     def __init__(
-        self, store: LogpsStore, reference: Reference | None, description: str, is_initial_policy: bool
+        self,
+        store: LogpsStore,
+        reference: Reference | None,
+        description: str,
+        is_initial_policy: bool,
+        lacks: Callable[[int], int] = int,
     ) -> None:
         self.store = store
         self.reference = reference
         self.description = description
         self.is_initial_policy = is_initial_policy
+        self.lacks = lacks
 
     def describe(self) -> str:
         """Which weights the reference is, in words for the log."""
@@ -152,7 +159,7 @@ class CachedReference:
     def logps(self, model: nn.Module, batch: dict[str, Any]) -> ResponseLogps:
         """Log-probs of the batch's responses: those of the store, or computed and put there."""
         keys = batch["keys"]
-        if all(key in self.store for key in keys):
+        if not self.lacks(sum(key not in self.store for key in keys)):
             token_logps = torch.cat([self.store.get(key) for key in keys]).to(batch["owner"].device)
             return sum_by_response(token_logps, batch["owner"], batch["num_responses"])
         if self.reference is None:
@@ -179,10 +186,16 @@ def fill(
     packer: Packer,
     max_tokens: int,
     track: Track,
+    most: Callable[[int], int] = int,
 ) -> None:
-    """Compute and write what the store lacks of the examples, at most `max_tokens` at a time or one row."""
+    """Compute and write what the store lacks of the examples, at most `max_tokens` at a time or one row.
+
+    `most` makes of the number of batches the most of all processes, where these have to compute equally
+    often: the last batch is then computed again. There must be an example.
+    """
     missing = {example.key: example for example in examples if example.key not in store}
     batches = list(_by_tokens(list(missing.values()), max_tokens))
+    batches += [batches[-1] if batches else list(examples[:1])] * (most(len(batches)) - len(batches))
     for number, batch in enumerate(track(batches, "reference log-probs"), start=1):
         packed = packer(batch)
         _put(store, packed, compute(packed))

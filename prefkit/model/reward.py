@@ -20,6 +20,7 @@ from prefkit.config.schema import ModelConfig
 from prefkit.data.packing import last_positions
 from prefkit.model.errors import ModelError
 from prefkit.model.load import find_model, is_classifier, load_model_config, load_pretrained
+from prefkit.model.partitioned import gathered, is_partitioned, shape_of
 from prefkit.model.seeing_classifier import choose_classifier, is_ours
 from prefkit.model.vision import idle_weights, image_inputs
 
@@ -102,17 +103,21 @@ def without_load_report() -> Iterator[None]:
 def _start_head(model: PreTrainedModel, seed: int | None) -> None:
     weight = cast("nn.Linear", model.score).weight
     if seed is None:
-        nn.init.constant_(weight, float("nan"))
+        with gathered(weight, writes=True):
+            nn.init.constant_(weight, float("nan"))
         return
     generator = torch.Generator().manual_seed(seed)
     deviation = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    drawn = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
-    weight.data.copy_(drawn)
+    drawn = torch.empty(shape_of(weight)).normal_(0.0, deviation, generator=generator)
+    with torch.no_grad(), gathered(weight, writes=True):
+        weight.copy_(drawn)
 
 
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Raises `ModelError` when the model, its adapter in place, has no head but the one that is NaN."""
-    if not cast("nn.Linear", model.score).weight.isfinite().all():
+    with gathered(weight := cast("nn.Linear", model.score).weight):
+        is_whole = bool(weight.isfinite().all())
+    if not is_whole:
         raise ModelError(f"{name} has no head for scores: it is no reward model")
 
 
@@ -154,9 +159,12 @@ def set_value_head(model: PreTrainedModel, folder: Path) -> bool:
         return False
     head = cast("nn.Linear", model.score)
     weight, bias = found
-    if weight.shape != head.weight.shape:
+    if weight.shape != shape_of(head.weight):
         raise ModelError(f"{folder / VALUE_HEAD} is for another hidden size, {weight.shape[1]}")
-    head.to(torch.float32).weight.data.copy_(weight)
+    if not is_partitioned(head.weight):
+        head.to(torch.float32)
+    with torch.no_grad(), gathered(head.weight, writes=True):
+        head.weight.copy_(weight)
     if bias:
         logger.warning(
             "%s: its bias, %g, is the same for every score; the head that is trained has none",
@@ -166,9 +174,22 @@ def set_value_head(model: PreTrainedModel, folder: Path) -> bool:
     return True
 
 
+def compute_in_fp32(head: nn.Module) -> None:
+    """Have the linear layers of a head compute in fp32, whatever they are held in."""
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = MethodType(_fp32_forward, module)  # type: ignore[method-assign]
+
+
+def _fp32_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    bias = None if self.bias is None else self.bias.float()
+    return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
 def attach_scores_forward(model: PreTrainedModel) -> None:
     """Give a reward model a forward that returns `{"scores": (N,)}` in fp32 when called with `last`, flat
     positions (N,) in the batch. No logits are computed. Called without, it is the model's own."""
+    compute_in_fp32(cast(nn.Module, getattr(model, HEAD)))
     model.forward = MethodType(_scores_forward, model)
 
 
@@ -181,8 +202,8 @@ def _scores_forward(self: PreTrainedModel, *args: Any, last: Tensor | None = Non
 def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Scores, (N,) in fp32, read at the flat positions `last` (N,) of what the decoder makes of `inputs`.
 
-    The head computes in the numbers that it is held in, whatever mixed precision does below it: a score in
-    bfloat16 has three digits.
+    The head computes in fp32, whatever it is held in and mixed precision does below it: a score in bfloat16
+    has three digits.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     pixels = given.pop("pixels", ())
@@ -191,7 +212,7 @@ def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -
     hidden = output.last_hidden_state.flatten(0, 1)[last]
     head: Any = model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
+        scores = cast("Tensor", head(hidden)[:, 0].float())
     return scores if (idle := idle_weights(model, pixels)) is None else scores + idle
 
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig
@@ -27,10 +28,16 @@ from prefkit.model.batches import prepare_for_batches
 from prefkit.model.errors import ModelError
 from prefkit.model.load import DTYPES, find_model, fit_vocabulary, load_tokenizer, num_rows
 from prefkit.model.probe import PROBE_FILE, picture_rows
-from prefkit.model.reward import check_head, load_reward_base, read_value_head, response_scores, scores_at
+from prefkit.model.reward import (
+    check_head,
+    load_reward_base,
+    read_value_head,
+    response_scores,
+    scores_at,
+)
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from prefkit.data.template import ChatTemplate
 
@@ -71,11 +78,11 @@ def plain_scores(
     model.eval()
     with plain_attention(base):
         for batch in _batches([(len(rows[i]), 1) for i in plain], "repeat", batch_tokens):
-            found = _score_batch(base, [rows[plain[i]] for i in batch])
+            found = _score_batch(model, [rows[plain[i]] for i in batch])
             for i, score in zip(batch, found, strict=True):
                 scores[plain[i]] = score
         for i in seen:
-            scores[i] = _score_seen(base, rows[i], vision)
+            scores[i] = _score_seen(model, rows[i], vision)
     model.train(was_training)
     return scores
 
@@ -107,7 +114,7 @@ def _batches(sizes: Sequence[tuple[int, int]], layout: Layout, batch_tokens: int
         yield batch
 
 
-def _score_batch(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
+def _score_batch(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[float]:
     lengths = torch.tensor([len(row) for row in rows])
     length = int(lengths.max())
     ids = torch.zeros(len(rows), length, dtype=torch.long)  # any token does for padding: it is masked
@@ -115,18 +122,28 @@ def _score_batch(base: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[f
         place[: len(row)] = torch.tensor(row)
     mask = (torch.arange(length) < lengths[:, None]).long()
     last = torch.arange(len(rows)) * length + lengths - 1
-    device = base.device
+    device = base_of(model).device
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    scores: list[float] = scores_at(base, last.to(device), inputs).tolist()
+    scores: list[float] = _scores_through(model, last.to(device), inputs).tolist()
     return scores
 
 
-def _score_seen(base: PreTrainedModel, row: Sequence[int], vision: Vision | None) -> float:
+def _scores_through(model: nn.Module, last: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`scores_at` of a model with its adapter; where FSDP has split it, by the forward of all of it, in which
+    weights are gathered."""
+    base = base_of(model)
+    if not isinstance(cast("nn.Linear", base.score).weight, DTensor):
+        return scores_at(base, last, inputs)
+    found: Tensor = model(**inputs, last=last)["scores"]
+    return found
+
+
+def _score_seen(model: nn.Module, row: Sequence[int], vision: Vision | None) -> float:
     example = replace(whole_row(row), images=(probe_picture(),))
     shown = None if vision is None else vision.unscaled
-    batch = send_to_device(pack([example], "repeat", shown).to_dict(), base.device)
+    batch = send_to_device(pack([example], "repeat", shown).to_dict(), base_of(model).device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "pixels")}
-    return float(scores_at(base, last_positions(batch), inputs))
+    return float(_scores_through(model, last_positions(batch), inputs))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def prepare_for_training(
     config: TuningConfig,
     resized: bool,
     mixed_precision: bool,
+    one_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The policy: the right weights trainable, and these in fp32 unless `pure_bf16`.
 
@@ -31,7 +32,8 @@ def prepare_for_training(
     well, and modules trained in full beside an adapter stay in the dtype of the base. Where the vocabulary
     was `resized`, embedding and head are trained. The head of a reward model is always trained, in fp32
     unless `pure_bf16`, and freeze holds all of such a model so: what is saved has one number format, and
-    reading it again rounds nothing. Raises `ModelError` for absent modules or adapters.
+    reading it again rounds nothing. `one_dtype` is the format of all weights where an engine wants it so,
+    which those that were read have already. Raises `ModelError` for absent modules or adapters.
     """
     from peft import PeftModel
 
@@ -49,7 +51,10 @@ def prepare_for_training(
     if config.finetuning_type != "lora":
         for name, weights in model.named_parameters():
             weights.requires_grad_(weights.requires_grad and not is_frozen(name, model.config, config))
-    _set_dtypes(policy, config, mixed_precision)
+    if one_dtype is None:
+        _set_dtypes(policy, config, mixed_precision)
+    else:
+        set_one_dtype(policy, one_dtype)
     return policy
 
 
@@ -64,6 +69,13 @@ def _set_dtypes(policy: PreTrainedModel | PeftModel, config: TuningConfig, mixed
         casts = "lora_" in name or HEAD in name.split(".")
         trained = weights.requires_grad and (casts or not in_base_dtype)
         if weights.is_floating_point() and (trained or whole):
+            weights.data = weights.data.to(dtype)
+
+
+def set_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all weights one number format."""
+    for weights in model.parameters():
+        if weights.is_floating_point() and weights.dtype != dtype:
             weights.data = weights.data.to(dtype)
 
 

@@ -7,6 +7,7 @@ LLaMA-Factory's; neither the adapter nor the model that is saved holds it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from prefkit.files import fsync
 from prefkit.model.adapter import base_of
 from prefkit.model.errors import ModelError
-from prefkit.model.reward import VALUE_HEAD
+from prefkit.model.reward import VALUE_HEAD, compute_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ def add_value_head(policy: nn.Module) -> nn.Linear:
     head = nn.Linear(hidden, 1, dtype=torch.float32, device=base.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+    compute_in_fp32(head)
     base.add_module(NAME, head)
     ignored: Any = base
     ignored._keys_to_ignore_on_save = [
@@ -55,15 +57,22 @@ def values_at(model: PreTrainedModel, hidden: Tensor) -> Tensor | None:
     if head is None:
         return None
     with torch.autocast(hidden.device.type, enabled=False):
-        return cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
+        return cast("Tensor", head(hidden)[:, 0].float())
 
 
-def save_value_head(policy: nn.Module, folder: Path) -> None:
-    """Write `value_head.safetensors`, where the policy has such a head."""
+def save_value_head(policy: nn.Module, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write `value_head.safetensors`, where the policy has such a head; `weights` has all weights by name
+    where the policy holds a part of them."""
     head = value_head_of(policy)
     if head is None:
         return
-    tensors = {_WEIGHT: head.weight.detach().cpu().contiguous(), _BIAS: head.bias.detach().cpu().contiguous()}
+    own: dict[str, Tensor] = {"weight": head.weight, "bias": head.bias}
+    for name, value in (weights or {}).items():
+        path, _, last = name.rpartition(".")
+        if path.split(".")[-1] == NAME:
+            own[last] = value
+    named = {_WEIGHT: own["weight"], _BIAS: own["bias"]}
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
     save_file(tensors, folder / VALUE_HEAD, {"format": "pt"})
     fsync(folder / VALUE_HEAD)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prefkit.config.engines import stage_of
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 
@@ -69,6 +71,17 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
             given.setdefault("metric_for_best_model", "score")
     if config.data.disable_shuffling:
         given["train_sampling_strategy"] = "sequential"
+    if stage_of(given.get("deepspeed")) == 0:
+        given.pop("deepspeed")  # it splits nothing, and is what torch does among several processes
+    if given.get("deepspeed"):
+        from prefkit.train.zero import start_deepspeed
+
+        start_deepspeed(on_cpu=not has_accelerator)
+    if given.get("fsdp"):
+        from prefkit.train.fully_sharded import check_fsdp, settings_of_fsdp
+
+        check_fsdp(has_accelerator, int(os.environ.get("WORLD_SIZE", "1")))
+        given["fsdp_config"] = settings_of_fsdp(given.get("fsdp_config"), given["fsdp"])
     try:
         args = TrainingArguments(**{**given, **_FIXED, "use_cpu": not has_accelerator})
     except (ValueError, ImportError) as error:

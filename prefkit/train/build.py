@@ -12,7 +12,7 @@ from prefkit.data.dataset import RunData
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
 from prefkit.model.ref_cache import CachedReference
-from prefkit.model.reference import Reference
+from prefkit.model.reference import FrozenModel, Reference
 from prefkit.train.answering import Answerer
 from prefkit.train.callbacks import EarlyStopping, KeepReferenceLogps, LogFile, ProgressBar
 from prefkit.train.dpo import DpoStage
@@ -28,6 +28,7 @@ from prefkit.train.rollout_count import epochs_per_rollout, updates_per_step
 from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.stages import Stage
+from prefkit.train.strategy import Strategy
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Heartbeat, Watchdog
 
@@ -46,6 +47,7 @@ def build_trainer(
     signals: StopSignals,
     console: Console,
     watchdog: Watchdog,
+    strategy: Strategy,
 ) -> PrefTrainer:
     """The Trainer of a run with its stage and callbacks. Raises `UserError` for a wrong judge or engine."""
     stage = build_stage(config, policy, reference, starts_here=folder.checkpoint is None)
@@ -54,9 +56,10 @@ def build_trainer(
     bar = ProgressBar(console, updates)
     if isinstance(stage, PpoStage):
         assert reference is not None and not isinstance(data.train, StreamedRows)
-        judge = build_judge(config, policy.model, template, console.print, policy.has_images)
+        with strategy.loading_whole():
+            judge = build_judge(config, policy.model, template, console.print, policy.has_images)
         console.print(f"Judge: {judge.name}.")
-        engine = build_engine(config, policy, watchdog.beat, console.print)
+        engine = build_engine(config, policy, watchdog.beat, console.print, strategy)
         answerer = Answerer(
             policy, reference, judge, engine, template, config.generation, config.ppo.ppo_missing_eos_penalty
         )
@@ -72,8 +75,10 @@ def build_trainer(
         template.saved,
         Pieces(config, args, reference, console.print),
         signals,
+        strategy,
         rollouts,
     )
+    share_reference(reference, strategy)
     bar.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     epochs = epochs_per_rollout(config, args, len(rollouts.prompts.rows)) if rollouts is not None else 1.0
@@ -86,6 +91,13 @@ def build_trainer(
     trainer.add_callback(SaveAndStop(signals, whole_epochs=rollouts is not None))
     trainer.add_callback(Heartbeat(watchdog))
     return trainer
+
+
+def share_reference(reference: Reference | None, strategy: Strategy) -> None:
+    """Put a second model in memory where the strategy wants it."""
+    inner = reference.reference if isinstance(reference, CachedReference) else reference
+    if isinstance(inner, FrozenModel):
+        inner.model = strategy.share(inner.model)
 
 
 def build_stage(config: RunConfig, policy: Policy, reference: Reference | None, starts_here: bool) -> Stage:

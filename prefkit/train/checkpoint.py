@@ -45,6 +45,8 @@ from prefkit.model.reward import VALUE_HEAD
 from prefkit.model.value import NAME as VALUE_NAME
 from prefkit.model.value import load_value_head, save_value_head
 from prefkit.runs.identity import RUN_FILE
+from prefkit.train.states import STATES, gather_weights, load_states, save_states
+from prefkit.train.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -243,13 +245,15 @@ def _torch_generators(device: torch.device) -> dict[str, Any]:
 class PickleFreeCheckpoints(Trainer):
     """Mixin that goes before `transformers.Trainer` and replaces how it saves and resumes.
 
-    One process or several under DDP, on one shared file system. `train(resume_from_checkpoint=True)` takes
-    the newest whole checkpoint of `output_dir`; a path takes that one or raises CheckpointError. A resumed
-    run ends with the weights, states, log lines and summary of a run that was never stopped. Checkpoints are
-    not pushed to the Hub. `identity` is written into each, where it is given.
+    One process or several, on one shared file system, however their `strategy` spreads the model.
+    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint of `output_dir`; a path takes that
+    one or raises CheckpointError. A resumed run ends with the weights, states, log lines and summary of a run
+    that was never stopped. Checkpoints are not pushed to the Hub. `identity` is written into each, where it
+    is given.
     """
 
     identity: dict[str, Any] | None = None
+    strategy: Strategy
 
     def extra_state(self) -> dict[str, Any]:
         """What a stage must remember across a resume, as JSON values; saved by the main process."""
@@ -290,11 +294,6 @@ class PickleFreeCheckpoints(Trainer):
         Raises OSError when the disk does not take it; the older ones are as they were then, and what had
         been written is gone, since a full disk would stay full.
         """
-        kind = self.accelerator.distributed_type.value
-        if self.args.n_gpu > 1 or (kind != "NO" and not kind.startswith("MULTI_")):
-            raise NotImplementedError(
-                f"no checkpoint without pickle yet: {kind}, {self.args.n_gpu} GPUs each"
-            )
         run_dir = Path(self._get_output_dir(trial))
         staging = run_dir / f".saving-{self.state.global_step}"
         try:
@@ -338,6 +337,26 @@ class PickleFreeCheckpoints(Trainer):
         best = Path(self.state.best_model_checkpoint or newest)
         _rotate(run_dir, self.args.save_total_limit, {newest.name, best.name})
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Let the Trainer wrap model and optimiser; where these keep masters, take back their states here."""
+        own = self.strategy.keeps_masters
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if own else resume_from_checkpoint
+        )
+        self.strategy.begin(self)
+        if own:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what `_save` does, put together from all processes."""
+        weights = gather_weights(
+            self.strategy, self.accelerator.unwrap_model(self.model), self.args.should_save
+        )
+        self._save(output_dir, weights if self.strategy.splits_weights else None)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save model, tokenizer or processor, and the arguments as JSON."""
         if not self.args.should_save:
@@ -354,7 +373,7 @@ class PickleFreeCheckpoints(Trainer):
             model.save_pretrained(str(folder), state_dict=state_dict)
         else:
             save_file(state_dict or model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-        save_value_head(model, folder)
+        save_value_head(model, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
         arguments = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
@@ -366,25 +385,35 @@ class PickleFreeCheckpoints(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the state of the optimiser, the scheduler, the loss scaler and the stage."""
+        folder = Path(output_dir)
+        if self.strategy.keeps_masters:
+            save_states(self.strategy, self._trained(), folder, self.args.should_save)
         if not self.args.should_save:
             return
-        folder, optimizer = Path(output_dir), cast(Any, self.optimizer)
-        tensors: dict[str, Tensor] = {}
-        rest = dict(optimizer.state_dict())
-        by_index = {str(index): state for index, state in rest.pop("state").items()}
-        _write_json(folder / "optimizer.json", by_index | rest, tensors)
-        with naming(path := folder / "optimizer.safetensors"):
-            save_file(tensors, path)
+        if self.strategy.keeps_masters:
+            _write_json(folder / "optimizer.json", self.strategy.scalars())
+        else:
+            self._save_optimizer(folder)
         for name, part in self._stateful_parts().items():
             # An infinity (the first `best` of a plateau) is no JSON; left out, the constructor sets it again.
             _write_json(folder / name, {k: v for k, v in part.state_dict().items() if v not in INFINITE})
         _write_json(folder / "stage_state.json", self.extra_state())
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load what `_save_optimizer_and_scheduler` saved. Raises CheckpointError if any of it is missing."""
-        if checkpoint is None:
-            return
-        folder, optimizer = Path(checkpoint), cast(Any, self.optimizer)
+    def _save_optimizer(self, folder: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        rest = dict(cast(Any, self.optimizer).state_dict())
+        by_index = {str(index): state for index, state in rest.pop("state").items()}
+        _write_json(folder / "optimizer.json", by_index | rest, tensors)
+        with naming(path := folder / "optimizer.safetensors"):
+            save_file(tensors, path)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by its name in the model."""
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: it for name, it in model.named_parameters() if it.requires_grad}
+
+    def _load_optimizer(self, folder: Path) -> None:
+        optimizer = cast(Any, self.optimizer)
         with _blame(path := folder / "optimizer.safetensors"):  # cloned: what is loaded is a view of the file
             tensors = {name: value.clone() for name, value in load_file(path).items()}
         with _blame(path := folder / "optimizer.json"):
@@ -392,6 +421,19 @@ class PickleFreeCheckpoints(Trainer):
             saved = {int(index): rest.pop(index) for index in list(rest) if index.isdigit()}
             optimizer.load_state_dict(rest | {"state": saved})
             _undo_casts(optimizer, saved)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` saved. Raises CheckpointError if any of it is missing."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self.strategy.keeps_masters:
+            with _blame(folder / STATES):
+                load_states(self.strategy, self._trained(), folder)
+            with _blame(path := folder / "optimizer.json"):
+                self.strategy.load_scalars(_read_json(path))
+        else:
+            self._load_optimizer(folder)
         for name, part in self._stateful_parts().items():
             with _blame(path := folder / name):
                 part.load_state_dict(_read_json(path))
@@ -451,6 +493,10 @@ class PickleFreeCheckpoints(Trainer):
         """Load the weights of a checkpoint. Raises CheckpointError unless every one of them is there."""
         model = self.accelerator.unwrap_model(model or self.model)
         folder = Path(resume_from_checkpoint)
+        if self.strategy.keeps_masters:
+            with _blame(folder / STATES):
+                load_states(self.strategy, self._trained(), folder, weights_only=True)
+            return
         if isinstance(model, PeftModel):
             with _blame(folder / "adapter_model.safetensors"):
                 _check_adapter(model, folder)

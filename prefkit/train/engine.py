@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from prefkit.config.schema import GenerationConfig, RunConfig
 from prefkit.data.vision import Seen
 from prefkit.model.rollout import Sampled, Stream, sample_responses
 from prefkit.train.policy import Policy, Say
+from prefkit.train.strategy import Strategy, together
 
 
 class Engine(Protocol):
@@ -38,6 +41,7 @@ class PolicyEngine:
 
     policy: Policy
     beat: Callable[[], None]
+    strategy: Strategy
 
     def draw(
         self,
@@ -68,13 +72,15 @@ class PolicyEngine:
 
     def _all_done(self, here: bool) -> bool:
         self.beat()
-        return here
+        return bool(together(self.strategy, torch.min, int(here)))
 
 
-def build_engine(config: RunConfig, policy: Policy, beat: Callable[[], None], say: Say) -> Engine:
+def build_engine(
+    config: RunConfig, policy: Policy, beat: Callable[[], None], say: Say, strategy: Strategy
+) -> Engine:
     """The engine that `rollout_engine` names. Raises `UserError` where it cannot be had."""
     if config.ppo.rollout_engine == "transformers":
-        return PolicyEngine(policy, beat)
+        return PolicyEngine(policy, beat, strategy)
     from prefkit.train.vllm_engine import open_vllm_engine
 
     return open_vllm_engine(config, policy, say)

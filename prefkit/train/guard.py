@@ -160,12 +160,17 @@ def not_finite(seen: Seen) -> Iterator[str]:
             yield f"{name} is {'NaN' if math.isnan(bad[0][1]) else 'infinite'} for {rows}"
 
 
-def check_finite(what: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises `NotFinite` when a tensor has a number that is not finite; the message begins with `what`."""
-    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point() and tensor.numel()}
-    if not tensors or get_total_norm(tensors.values(), norm_type=math.inf).isfinite():
+def check_finite(
+    what: str, named: Iterable[tuple[str, Tensor]], gather: Callable[[Tensor], Tensor] = lambda values: values
+) -> None:
+    """Raises `NotFinite`, on every rank that `gather` joins, when a tensor of one has a number that is not
+    finite; the message begins with `what`."""
+    tensors = [(name, it) for name, it in named if it.is_floating_point() and it.numel()]
+    norm = get_total_norm([it for _, it in tensors], norm_type=math.inf) if tensors else torch.zeros(())
+    device = tensors[0][1].device if tensors else None
+    if not gather((~norm.isfinite())[None].to(device)).any():
         return
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    bad = [name for name, it in tensors if not it.isfinite().all()] or ["the part of another process"]
     raise NotFinite(f"{what}: not finite in {_some(bad)}, so nothing was saved.\n  {_ADVICE}")
 
 

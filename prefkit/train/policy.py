@@ -18,14 +18,16 @@ from prefkit.model.architecture import batch_dependence, read_architecture
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.errors import ModelError
 from prefkit.model.load import fit_vocabulary, load_causal_lm
+from prefkit.model.partitioned import size_of
 from prefkit.model.partners import judged_logps
 from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
 from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_reward_base
 from prefkit.model.reward_model import read_score_probe, verify_scores
-from prefkit.model.tuning import prepare_for_training
+from prefkit.model.tuning import prepare_for_training, set_one_dtype
 from prefkit.model.value import add_value_head, load_value_head
 from prefkit.model.vision import PARTS
+from prefkit.train.strategy import Strategy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,7 +64,12 @@ class Policy:
 
 
 def build_policy(
-    config: RunConfig, args: TrainingArguments, template: ChatTemplate, say: Say, has_images: bool = False
+    config: RunConfig,
+    args: TrainingArguments,
+    template: ChatTemplate,
+    say: Say,
+    strategy: Strategy,
+    has_images: bool = False,
 ) -> Policy:
     """Load and prepare the policy, which in the stage `rm` is a reward model; `has_images` says whether rows
     may have any.
@@ -72,22 +79,26 @@ def build_policy(
     if config.method.stage != "rm":
         _refuse_reward_models(config.model.adapter_name_or_path)
     tokenizer = template.tokenizer
-    base = _load_base(config, args, template)
+    base = _load_base(config, args, template, strategy)
     resized = fit_vocabulary(base, tokenizer, config.model)
     if resized:
         say(f"Vocabulary: resized to {len(tokenizer)} tokens.")
-    model = prepare_for_training(base, config.model, config.tuning, resized, args.bf16 or args.fp16)
+    mixed, one_dtype = args.bf16 or args.fp16, strategy.one_dtype
+    model = prepare_for_training(base, config.model, config.tuning, resized, mixed, one_dtype)
     if adapter := config.continued_adapter:
-        if is_reward_model(base_of(model)):
-            verify_scores(model, Path(adapter), adapter, template.vision)
-        else:
-            verify(model, Path(adapter), adapter, template.vision)
+        with strategy.computing(model):
+            if is_reward_model(base_of(model)):
+                verify_scores(model, Path(adapter), adapter, template.vision)
+            else:
+                verify(model, Path(adapter), adapter, template.vision)
     if is_reward_model(base_of(model)):
         check_head(base_of(model), config.model.trained_last)
     if not config.training.get("do_train"):
         model.requires_grad_(False)
     if config.method.stage == "ppo":
         _add_value_head(model, config, say)
+        if one_dtype is not None:
+            set_one_dtype(model, one_dtype)
     layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say, has_images)
     policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
     _tell_weights(policy, say)
@@ -115,7 +126,9 @@ def _add_value_head(model: PreTrainedModel | PeftModel, config: RunConfig, say: 
         say(f"Value head: that of {config.model.trained_last}, gone on with.")
 
 
-def _load_base(config: RunConfig, args: TrainingArguments, template: ChatTemplate) -> PreTrainedModel:
+def _load_base(
+    config: RunConfig, args: TrainingArguments, template: ChatTemplate, strategy: Strategy
+) -> PreTrainedModel:
     """The model without adapters. A head for scores is a new one only where it is going to be trained."""
     if config.method.stage != "rm":
         return load_causal_lm(config.model, config.longest_row)
@@ -123,7 +136,8 @@ def _load_base(config: RunConfig, args: TrainingArguments, template: ChatTemplat
     base.config.get_text_config().pad_token_id = template.tokenizer.pad_token_id
     name = config.model.model_name_or_path
     if not config.model.adapter_name_or_path:
-        verify_scores(base, Path(name), name, template.vision)
+        with strategy.computing(base):
+            verify_scores(base, Path(name), name, template.vision)
     return base
 
 
@@ -137,8 +151,8 @@ def choose_policy_logps(config: RunConfig, model_config: PretrainedConfig) -> Lo
 
 
 def _tell_weights(policy: Policy, say: Say) -> None:
-    trainable = sum(weights.numel() for weights in policy.model.parameters() if weights.requires_grad)
-    total = sum(weights.numel() for weights in policy.model.parameters())
+    trainable = sum(size_of(weights) for weights in policy.model.parameters() if weights.requires_grad)
+    total = sum(size_of(weights) for weights in policy.model.parameters())
     formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}"])
     if policy.packer.vision is not None:
         say(f"{_tell_parts(policy)}.")

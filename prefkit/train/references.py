@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from torch import nn
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import ModelConfig, RunConfig
@@ -22,12 +24,15 @@ from prefkit.model.architecture import batch_dependence
 from prefkit.model.batches import prepare_for_batches
 from prefkit.model.fingerprint import fingerprint
 from prefkit.model.load import find_model, fit_vocabulary, load_causal_lm
+from prefkit.model.partitioned import is_partitioned
 from prefkit.model.policy import response_logps
 from prefkit.model.ref_cache import CachedReference, LogpsStore, cache_root, fill
 from prefkit.model.reference import AdapterOff, FrozenModel, InitialAdapter, Reference
+from prefkit.model.tuning import set_one_dtype
 from prefkit.objectives.logps import ResponseLogps
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.train.policy import Policy, Say
+from prefkit.train.strategy import Strategy, together
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,6 +88,7 @@ class ReferenceBuilder:
     weights: dict[str, str]
     say: Say
     track: Track
+    strategy: Strategy
 
     def build(self) -> Reference | None:
         """The reference; None where the loss has none. The policy must not have been trained yet."""
@@ -100,8 +106,7 @@ class ReferenceBuilder:
             return self._load_model()
         if config.tuning.finetuning_type != "lora":
             name = f"a frozen copy of {config.model.model_name_or_path}"
-            frozen = copy.deepcopy(model).to(self.args.device)  # type: ignore[arg-type]
-            return FrozenModel(frozen, name, True, self._autocast)
+            return FrozenModel(self._copy_policy(), name, True, self._autocast)
         adapted: PeftModel = model  # type: ignore[assignment]
         goes_on = config.continued_adapter
         against_base = config.reference.ref_model or not config.training.get("do_train")
@@ -111,6 +116,13 @@ class ReferenceBuilder:
         if config.tuning.pissa_init and not against_base:
             return InitialAdapter(adapted, "the adapter that pissa_init made")
         return AdapterOff(adapted, config.merged_adapters, is_initial_policy=not goes_on)
+
+    def _copy_policy(self) -> nn.Module:
+        """The policy as it is before training; read once more where no process has it whole."""
+        if any(map(is_partitioned, self.policy.model.parameters())):
+            return self._read_model(self.config.model, ())
+        copied: nn.Module = copy.deepcopy(self.policy.model)
+        return copied
 
     def _is_own_base(self) -> bool:
         """Whether `ref_model` is what the policy is with its adapter switched off."""
@@ -122,27 +134,32 @@ class ReferenceBuilder:
 
     def _load_model(self) -> FrozenModel:
         """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
-        config, own = self.config, self.config.reference
-        model_config = replace(_ref_model_config(config), batch_layout=self.policy.layout)
-        model = load_causal_lm(model_config, config.longest_row)
-        fit_vocabulary(model, self.tokenizer, model_config)
-        model = merge_adapters(model, own.ref_model_adapters, model_config)
+        model_config = replace(_ref_model_config(self.config), batch_layout=self.policy.layout)
         try:
-            prepare_for_batches(
-                model, model_config, config.longest_row, lambda text: None, self.policy.has_images
-            )
+            model = self._read_model(model_config, self.config.reference.ref_model_adapters)
         except UserError as error:
-            raise UserError(f"ref_model: {error}; write batch_layout: repeat") from error
-        return FrozenModel(model.to(self.args.device), self._model_name(), False, self._autocast)  # type: ignore[arg-type]
+            raise UserError(f"ref_model: {error}") from error
+        return FrozenModel(model, self._model_name(), False, self._autocast)
+
+    def _read_model(self, model_config: ModelConfig, adapters: Sequence[str]) -> nn.Module:
+        longest = self.config.longest_row
+        model = load_causal_lm(model_config, longest)
+        fit_vocabulary(model, self.tokenizer, model_config)
+        model = merge_adapters(model, adapters, model_config)
+        try:
+            prepare_for_batches(model, model_config, longest, lambda text: None, self.policy.has_images)
+        except UserError as error:
+            raise UserError(f"{error}; write batch_layout: repeat") from error
+        if self.strategy.one_dtype is not None:
+            set_one_dtype(model, self.strategy.one_dtype)
+        return model
 
     def _model_name(self) -> str:
         own = self.config.reference
         return " with ".join([str(own.ref_model), *own.ref_model_adapters])
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.args.bf16 or self.args.fp16:
-            return torch.autocast(self.args.device.type, self.policy.compute_dtype)
-        return nullcontext()
+        return self.strategy.autocast(self.policy.compute_dtype)
 
     def _wants_cache(self) -> bool:
         if isinstance(self.data.train, StreamedRows):
@@ -157,9 +174,11 @@ class ReferenceBuilder:
         missing = sum(example.key not in store for example in examples)
         found = f"Reference cache: {len(examples) - missing} of {len(examples)} rows found in {store.folder}"
         self.say(f"{found}." if not missing else f"{found}; {missing} are computed and kept there.")
-        if self.config.tuning.finetuning_type == "lora" and not self._needs_model():
+        as_they_come = self.config.tuning.finetuning_type == "lora" and not self._needs_model()
+        if as_they_come or not self.strategy.computes_early:
             inner = self._choose()
-            return CachedReference(store, inner, f"{inner.describe()}; cached", inner.is_initial_policy)
+            name = f"{inner.describe()}; cached"
+            return CachedReference(store, inner, name, inner.is_initial_policy, self._most)
         return self._computed_beforehand(store, examples)
 
     def _needs_model(self) -> bool:
@@ -174,7 +193,8 @@ class ReferenceBuilder:
         if any(example.key not in store for example in examples):
             compute = partial(self._logps_of, self._load_model()) if needs_model else self._initial_logps
             budget = self.args.per_device_train_batch_size * self.config.data.cutoff_len
-            fill(store, examples[rank::size], compute, self.policy.packer, budget, self.track)
+            own = examples[rank::size] or examples[:1]
+            fill(store, own, compute, self.policy.packer, budget, self.track, self._most)
         PartialState().wait_for_everyone()
         store.refresh()
         described = f"{name}, from the cache (no second model in memory)"
@@ -182,12 +202,17 @@ class ReferenceBuilder:
 
     def _initial_logps(self, batch: dict[str, Any]) -> ResponseLogps:
         """Of the policy, which is not trained yet."""
-        model = self.policy.model.to(self.args.device)  # type: ignore[arg-type]
-        with torch.no_grad(), self._autocast():
+        model: nn.Module = self.policy.model.to(self.args.device)  # type: ignore[arg-type]
+        with torch.no_grad(), self._autocast(), self.strategy.computing(model):
             return response_logps(model, send_to_device(batch, self.args.device))
 
     def _logps_of(self, reference: FrozenModel, batch: dict[str, Any]) -> ResponseLogps:
-        return reference.logps(reference.model, send_to_device(batch, self.args.device))
+        reference.model.to(self.args.device)
+        with self.strategy.computing(reference.model):
+            return reference.logps(reference.model, send_to_device(batch, self.args.device))
+
+    def _most(self, number: int) -> int:
+        return together(self.strategy, torch.max, number)
 
     def _facts(self) -> dict[str, Any]:
         """All that the log-probs of a row depend on, the row left out."""

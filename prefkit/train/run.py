@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -14,6 +14,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
 
+from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import USES, RunData
 from prefkit.data.encode import TokenizedExample
@@ -62,6 +63,7 @@ from prefkit.train.rollout_count import count_in_updates, updates_per_step
 from prefkit.train.signals import StopSignals
 from prefkit.train.space import check_before_loading, check_before_training
 from prefkit.train.spikes import SPIKE_FILE
+from prefkit.train.strategy import Strategy, choose_strategy
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Watchdog, named_worker_deaths
 
@@ -135,14 +137,22 @@ def _train(
         console.print(f"It may end otherwise than a run in one go, since there changed: {', '.join(other)}.")
     if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
         count_in_updates(config, args, len(data.train))
-    policy = build_policy(config, args, template, console.print, data.has_images)
+    strategy = choose_strategy(args)
+    if args.world_size > 1 or strategy.keeps_masters:
+        console.print(f"Processes: {args.world_size}, {strategy.name}.")
+    if strategy.splits_weights and data.has_images:
+        raise UserError(f"{strategy.name} with images is not in this version: take ZeRO stage 2 or below")
+    read = _in_one_dtype(config, strategy)
+    policy = build_policy(read, args, template, console.print, strategy, data.has_images)
     reference: Reference | None = None
     if config.method.stage != "rm":
-        builder = ReferenceBuilder(config, args, policy, tokenizer, data, weights, console.print, tracker)
+        builder = ReferenceBuilder(
+            read, args, policy, tokenizer, data, weights, console.print, tracker, strategy
+        )
         reference = builder.build()
     watchdog = Watchdog(config.output.hang_timeout, args.process_index)
     trainer = build_trainer(
-        config, args, policy, reference, data, template, folder, signals, console, watchdog
+        config, args, policy, reference, data, template, folder, signals, console, watchdog, strategy
     )
     trainer.identity = identity
     run = Run(config, folder, trainer, policy, reference, template, data, weights, console, watchdog)
@@ -158,6 +168,14 @@ def _train(
         run.evaluate()
     run.record(finished=True)
     run.show_files()
+
+
+def _in_one_dtype(config: RunConfig, strategy: Strategy) -> RunConfig:
+    """The config with the number format in which the strategy wants weights to be read."""
+    if strategy.one_dtype is None:
+        return config
+    name = str(strategy.one_dtype).removeprefix("torch.")
+    return replace(config, model=replace(config.model, dtype=name))
 
 
 @contextmanager
@@ -207,6 +225,11 @@ class Run:
         return self.trainer.is_world_process_zero()
 
     @property
+    def computes(self) -> bool:
+        """Whether this process calls the model where one would do."""
+        return self.leads or self.trainer.strategy.splits_weights
+
+    @property
     def reference_name(self) -> str:
         """The reference in words."""
         return self.reference.describe() if self.reference else "none"
@@ -232,11 +255,12 @@ class Run:
             self.trainer.save_state()
         self.trainer.save_metrics("train", result.metrics)
         self._settle_stream()
+        if self.leads and self.config.tuning.pissa_init:
+            save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
+        if self.computes:
+            self._describe()
         if not self.leads:
             return
-        if self.config.tuning.pissa_init:
-            save_as_plain_lora(self.policy.model, self.folder.path)  # type: ignore[arg-type]
-        self._describe()
         updates = updates_per_step(self.config)
         log = [line | {"step": line["step"] // updates} for line in self.trainer.state.log_history]
         if self.config.output.plot_loss and not plot_curves(log, self.folder.path):
@@ -246,10 +270,14 @@ class Run:
         """Write by what the model is known again, and what it is."""
         folder, rows = self.folder.path, self.data.first(_PROBED)
         is_reward = self.config.method.stage == "rm"
-        if is_reward:
-            write_score_probe(make_score_probe(self.policy.model, rows, self.template), folder)
-        else:
-            write_probe(make_probe(self.policy.model, self._with_answers(rows), self.template), folder)
+        score_probe = make_score_probe(self.policy.model, rows, self.template) if is_reward else None
+        probe = None if is_reward else make_probe(self.policy.model, self._with_answers(rows), self.template)
+        if not self.leads:
+            return
+        if score_probe is not None:
+            write_score_probe(score_probe, folder)
+        if probe is not None:
+            write_probe(probe, folder)
         facts = f"{loss_name(self.config)} loss on {', '.join(self.config.data.dataset)}"
         is_adapter = self.config.tuning.finetuning_type == "lora"
         base = self.config.model.model_name_or_path
@@ -351,12 +379,13 @@ class Run:
     def answers(self, when: str) -> list[str]:
         """Greedy answers of the policy as it is now to `sample_prompts` held-out prompts."""
         number = self.config.output.sample_prompts
-        if not number or not self.leads or self.config.method.stage == "rm":
+        if not number or not self.computes or self.config.method.stage == "rm":
             return []
         prompts = list(islice(self.data.held_out, number))
         self.console.print(f"Answering {len(prompts)} held-out prompts {when} training ...")
         length = self.config.output.sample_max_new_tokens
-        return generate_responses(self.policy.model, self.template, prompts, length, self.watchdog.beat)
+        with self.trainer.strategy.computing(self.policy.model):
+            return generate_responses(self.policy.model, self.template, prompts, length, self.watchdog.beat)
 
     def sample(self, before: list[str]) -> None:
         """Answer the prompts again, and show both answers to each."""
@@ -364,7 +393,7 @@ class Run:
         number = len(after)
         rows = zip(self.data.held_out[:number], before, after, strict=True)
         samples = [Sample(row.source, row.question, old, new, row.picture_files) for row, old, new in rows]
-        if samples:
+        if samples and self.leads:
             write_samples(samples, self.folder.path)
             print_samples(self.console, samples[:_SHOWN_SAMPLES], len(samples))
 

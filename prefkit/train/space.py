@@ -18,6 +18,7 @@ from torch import nn
 from prefkit.config.schema import RunConfig
 from prefkit.files import check_space, free_bytes, show_bytes
 from prefkit.model.adapter import base_of
+from prefkit.model.partitioned import size_of
 from prefkit.train.output import OutputFolder
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _tokenizer_bytes(base: Path) -> int:
 
 def _bytes(model: nn.Module, trained_only: bool) -> int:
     return sum(
-        weights.numel() * weights.element_size()
+        size_of(weights) * weights.element_size()
         for weights in model.parameters()
         if weights.requires_grad or not trained_only
     )

@@ -29,6 +29,7 @@ from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import Interrupted, StopSignals
 from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import Stage, StageOutput
+from prefkit.train.strategy import Strategy
 
 
 class PrefTrainer(PickleFreeCheckpoints, Trainer):
@@ -52,6 +53,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         tokenizer: PreTrainedTokenizerBase,
         pieces: Pieces,
         signals: StopSignals,
+        strategy: Strategy,
         rollouts: RolloutSource | None = None,
     ) -> None:
         super().__init__(
@@ -63,6 +65,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             processing_class=tokenizer,
             compute_metrics=self._held_out_metrics,
         )
+        self.strategy = strategy
+        strategy.use(self.accelerator)
         self.stage = stage
         self.tuning = tuning
         width = cast("Any", model).config.get_text_config().hidden_size
@@ -418,7 +422,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             float(norm),
             model,
             signal=self.signals.received,
-            scaled=self.accelerator.scaler is not None,
+            scaled=self.accelerator.scaler is not None or self.args.fp16,
         )
         self.signals.agreed = step.signal
         return norm
@@ -431,17 +435,17 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
     def check_finite(self) -> None:
         """Raises `NotFinite` when a trained weight or a tensor of the optimiser is not finite."""
         what = f"{self.stage.name}, step {self.state.global_step}"
-        model = cast("nn.Module", self.model)
+        model, own_part = cast("nn.Module", self.model), self.strategy.own_part
         trained: dict[Any, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        check_finite(what, ((name, p.data) for p, name in trained.items()))
         states = self.optimizer.state.items() if self.optimizer else ()
-        tensors = (
-            (f"{key} of {trained.get(parameter, 'a weight')}", value)
+        tensors = [(name, own_part(p)) for p, name in trained.items()]
+        tensors += [
+            (f"{key} of {trained.get(parameter, 'a weight')}", own_part(value))
             for parameter, state in states
             for key, value in state.items()
             if isinstance(value, Tensor)
-        )
-        check_finite(what, tensors)
+        ]
+        check_finite(what, tensors, lambda flag: self.accelerator.gather(flag.to(self.args.device)))
 
     def _report_spike(self, spike: Spike) -> None:
         if self.is_world_process_zero():

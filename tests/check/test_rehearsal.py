@@ -23,6 +23,7 @@ from prefkit.model.policy import response_logps
 from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.policy import build_policy, choose_policy_logps
+from prefkit.train.strategy import Replicated
 from tests.conftest import make_model, make_tokenizer
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 4}
@@ -53,7 +54,8 @@ def make_batch(layout: Any) -> dict[str, Any]:
 
 def measure(config: Any, args: Any) -> int:
     """Bytes that the forward of policy and reference and the backward hold at most."""
-    policy = build_policy(config, args, load_template(config.model, config.data), lambda text: None)
+    template = load_template(config.model, config.data)
+    policy = build_policy(config, args, template, lambda text: None, Replicated(args))
     model: Any = policy.model
     model.train()
     if args.activation_checkpointing:
