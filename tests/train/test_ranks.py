@@ -14,8 +14,10 @@ import torch
 
 from prefkit.data.rows import Encoder
 from prefkit.train import loading
+from tests.train.engines import KEYS
 from tests.train.forks import FORKS, run_in_two
 from tests.train.runs import read, run, same, unfinish, weights
+from tests.train.test_engines import run_on
 
 pytestmark = FORKS
 
@@ -142,6 +144,15 @@ def test_two_processes_are_one_with_twice_the_batch(
     # A loss that takes something from all rows of a micro-step leaves nothing to deal with batches of one.
     is_joined = "kto" in keys.values() or "kto_pair" in keys.values()
     assert any(dealt < 0.97 * undealt for dealt, undealt in full) is not is_joined
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_weights_in_parts_wait_for_fillers(write: Write, tmp_path: Path, engine: str) -> None:
+    """Where each pass gathers weights, and a loss the KL, a rank without a row is not waited for in vain."""
+    keys = {"stage": "kto", "gradient_accumulation_steps": 2, "save_strategy": "no", "max_steps": 3}
+    one = in_one(tmp_path, write(**keys))
+    run_on(engine, tmp_path, write(**keys, **KEYS[engine]), f"output_dir={tmp_path / 'two'}")
+    assert_same(one, tmp_path / "two")
 
 
 def test_without_fillers_the_numbers_are_others(
