@@ -15,6 +15,7 @@ from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.formats import Use
 from prefkit.data.ledger import Ledger
+from prefkit.data.lengths import WHOLE
 from prefkit.data.mixing import hold_out, mix
 from prefkit.data.partners import with_partners
 from prefkit.data.readers import DataError
@@ -23,7 +24,7 @@ from prefkit.data.sources import DatasetEntry, find_datasets
 from prefkit.data.store import EncodedRows, store_root
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
-from prefkit.data.view import WHOLE, RowView
+from prefkit.data.view import RowView
 
 USES: dict[str, Use] = {"dpo": "pairs", "rm": "pairs", "kto": "judged", "ppo": "prompts"}
 _HELD_OUT = "the held-out rows"
@@ -204,7 +205,11 @@ class _Loader:
         if len(first) < number:
             raise DataError(f"val_size: {number} rows are to be held out, and the stream has {len(first)}")
         stream.held_out = frozenset(example.source for example in first)
-        index = [(0, row, pair) for row, one in enumerate(first) for pair in range(len(one.pairs) or 1)]
+        index = [
+            (0, row, pair if one.pairs else WHOLE)
+            for row, one in enumerate(first)
+            for pair in range(len(one.pairs) or 1)
+        ]
         return stream, self._finish(RowView([first], np.array(index, dtype=np.int64)), _HELD_OUT)
 
 

@@ -21,6 +21,8 @@ from prefkit.data.vision import Pixels, Seen, Vision
 
 # What a batch has besides of responses that were drawn, by name: a vector (T,) each.
 DRAWN = "drawn"
+# What a batch has besides that is computed, so that every rank makes as many passes, and counts nowhere.
+FILLER = "filler"
 Layout = Literal["shared", "repeat"]
 # One prompt and its responses, as (start, end) in the row: (prompt start, prompt end, ((start, end), ...)).
 Segments = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
@@ -147,13 +149,15 @@ def last_positions(batch: Mapping[str, Any]) -> Tensor:
 
 def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
     """The name of the row that each loss of a batch is of: of each pair, or of a judged row, which has none,
-    or of each token of a response that was drawn.
+    or of each token of a response that was drawn. A filler has no loss that counts.
 
     >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (2, 1)})
     ['f:1', 'f:1', 'f:2']
     >>> rows_of_losses({"rows": ("f:1", "f:2"), "pair_counts": (0, 0)})
     ['f:1', 'f:2']
     """
+    if FILLER in batch:
+        return []
     if DRAWN in batch:
         names = (
             row
@@ -165,6 +169,11 @@ def rows_of_losses(batch: Mapping[str, Any]) -> list[str]:
         ]
     counted = zip(batch["rows"], batch["pair_counts"], strict=True)
     return [row for row, count in counted for _ in range(max(count, 1))]
+
+
+def counted(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Values of a batch, (M, ...), or none of them where it is a filler."""
+    return values[:0] if FILLER in batch else values
 
 
 class _Prompt(NamedTuple):

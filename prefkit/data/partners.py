@@ -15,6 +15,7 @@ from typing import overload
 import numpy as np
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.lengths import Lengths
 from prefkit.data.readers import DataError
 from prefkit.data.store import EncodedRows
 from prefkit.data.view import RowView
@@ -39,6 +40,11 @@ class PartneredRows(RowView):
         if isinstance(index, slice | np.ndarray):
             return PartneredRows(super().__getitem__(index), self.partners[index], self.cutoff_len)
         return join_partner(super().__getitem__(index), self.partners[index], self.cutoff_len)
+
+    def lengths(self) -> Lengths:
+        """How long the rows are, their partners included."""
+        own = super().lengths()
+        return own.with_responses(np.minimum(self.partners.lengths().totals, self.cutoff_len - own.prompts))
 
 
 def join_partner(example: TokenizedExample, other: TokenizedExample, cutoff_len: int) -> TokenizedExample:

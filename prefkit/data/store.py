@@ -107,6 +107,23 @@ class EncodedRows(Sequence[TokenizedExample]):
         """The number of pairs of each row, (rows,)."""
         return self._column(lambda batch: batch.column("pairs").value_lengths())
 
+    def pair_members(self) -> np.ndarray:
+        """Of each pair of all rows, one after the other, which responses of its row are chosen and rejected,
+        (pairs, 2)."""
+
+        def members(name: str) -> np.ndarray:
+            return self._column(lambda batch: batch.column("pairs").flatten().field(name))
+
+        return np.stack([members("chosen"), members("rejected")], 1)
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row the tokens of its prompt and the number of its responses, (rows,) each; and of each
+        response of all rows, one after the other, its tokens."""
+        prompts = self._column(lambda batch: batch.column("prompt_ids").value_lengths())
+        numbers = self._column(lambda batch: batch.column("response_ids").value_lengths())
+        responses = self._column(lambda batch: batch.column("response_ids").flatten().value_lengths())
+        return prompts, numbers, responses
+
     def prompt_keys(self) -> np.ndarray:
         """The `prompt_key` of each row, (rows,)."""
 

@@ -9,9 +9,8 @@ from typing import overload
 import numpy as np
 
 from prefkit.data.encode import TokenizedExample
+from prefkit.data.lengths import WHOLE, Lengths, lengths_of
 from prefkit.data.store import EncodedRows
-
-WHOLE = -1  # in the place of a pair: the example with all its pairs
 
 
 class RowView(Sequence[TokenizedExample]):
@@ -42,6 +41,10 @@ class RowView(Sequence[TokenizedExample]):
                 yield from table.image_digests()
             else:
                 yield from (digest for row in table for digest in row.digests)
+
+    def lengths(self) -> Lengths:
+        """How long the rows are."""
+        return lengths_of(self.tables, self.places)
 
     def of_table(self, table: int) -> RowView:
         """The rows that come from one of the files."""

@@ -96,22 +96,10 @@ def kto_pair_loss(
 
     Mean of 1 - s(beta ((c - c^) - kl_rejected)) and 1 - s(beta (kl_chosen - (r - r^))), Eq. 7 of
     https://arxiv.org/abs/2402.01306v1, computed by 1 - s(x) = s(-x). The KLs are statistics of the
-    batch, from `mean_kl`, without gradient. 1/2 at the reference.
+    batch, from `objectives.kto.kl_estimate`, without gradient. 1/2 at the reference.
     """
     chosen, rejected = rewards(policy, reference, beta=beta)
     return (torch.sigmoid(beta * kl_rejected - chosen) + torch.sigmoid(rejected - beta * kl_chosen)) / 2
-
-
-def mean_kl(logratios: Tensor) -> Tensor:
-    """max(0, mean log-ratio) of one side of a batch, a scalar without gradient.
-
-    Estimates KL(policy || reference) as in section 4.1 of https://arxiv.org/abs/2402.01306. Give it the
-    log-ratios of all ranks, so that every rank uses the same number.
-
-    >>> mean_kl(torch.tensor([1.0, 2.0])), mean_kl(torch.tensor([1.0, -2.0]))
-    (tensor(1.5000), tensor(0.))
-    """
-    return logratios.detach().mean().clamp(min=0)
 
 
 def orpo_loss(policy: PairLogps, reference: PairLogps | None = None, *, beta: float) -> Tensor:

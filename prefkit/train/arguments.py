@@ -71,10 +71,7 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
             or (config.training.get("save_strategy") == "best")
         ):
             given.setdefault("metric_for_best_model", "score")
-    if config.data.streaming:
-        # Each process reads the stream for itself: our batches cannot be cut and sent around.
-        given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
-    elif config.data.disable_shuffling:
+    if config.data.disable_shuffling:
         given["train_sampling_strategy"] = "sequential"
     if stage_of(given.get("deepspeed")) == 0:
         given.pop("deepspeed")  # it splits nothing, and is what torch does among several processes
@@ -91,6 +88,7 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         args = TrainingArguments(**{**given, **_FIXED, "use_cpu": not has_accelerator})
     except (ValueError, ImportError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
+    _check_accelerator(args)
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to this process, which can use one. `prefkit train` starts a "
@@ -98,6 +96,20 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
             "CUDA_VISIBLE_DEVICES to one of them."
         )
     return args
+
+
+def _check_accelerator(args: TrainingArguments) -> None:
+    """Raises `UserError` for what accelerate would do to batches, which are dealt to processes here."""
+    config: Any = args.accelerator_config
+    wanted = {"split_batches": False, "even_batches": True, "use_seedable_sampler": True}
+    changed = [name for name, value in wanted.items() if getattr(config, name) is not value]
+    changed += ["dispatch_batches"] if config.dispatch_batches else []
+    if changed:
+        raise UserError(
+            f"accelerator_config: {', '.join(changed)} has no place here, since rows are dealt to processes "
+            "by their cost, each once, in an order drawn by data_seed: remove it. "
+            "per_device_train_batch_size is that of one process."
+        )
 
 
 def _check_trackers(report_to: str | list[str] | None) -> None:

@@ -31,6 +31,7 @@ _LOG_KEYS = {
     "kl": "kl",
     "reward": "ppo/score",
     "ppo_kl": "ppo/kl",
+    "work_imbalance": "work_imbalance",
     "lr": "learning_rate",
     "epoch": "epoch",
 }

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.config.schema import MethodConfig
+from prefkit.data.packing import counted
 from prefkit.model.policy import response_logps
 from prefkit.model.reference import Reference
+from prefkit.objectives.kto import kl_estimate
 from prefkit.objectives.logps import PairLogps, ResponseLogps, desensitize_length
 from prefkit.objectives.metrics import pairwise_metrics
-from prefkit.objectives.pairwise import LOSSES, RunningMean, bco_loss, mean_kl, mix_bco, rewards, sft_loss
+from prefkit.objectives.pairwise import LOSSES, RunningMean, bco_loss, mix_bco, rewards, sft_loss
 from prefkit.train.stages import StageOutput, check_first_losses, check_identity
 
 
@@ -34,6 +36,7 @@ class DpoStage:
     ) -> None:
         self.name = f"{method.stage} ({method.pref_loss})"
         self.loss = LOSSES[method.pref_loss]
+        self.joins_ranks = self.loss.needs_batch_kl
         self.reference = reference
         self.dtype = dtype
         self.router_loss_weight = router_loss_weight
@@ -66,7 +69,7 @@ class DpoStage:
         plain = responses.pair(batch["pairs"])
         policy, reference_pair = self._weighed_pairs(responses, reference, batch["pairs"])
         given = batch.get("statistics")
-        statistics = self._batch_kl(policy, reference_pair) if given is None else given
+        statistics = self._batch_kl(policy, reference_pair, batch) if given is None else given
         numbers: dict[str, Any] = {**self.numbers, **statistics}
         if self.loss.takes_offset:
             numbers["offset"] = batch["margins"]
@@ -74,7 +77,9 @@ class DpoStage:
         if self.expects_identity and reference_pair is not None:
             self._check_loss(losses, reference_pair, numbers)
         self.expects_identity = False
-        losses = self._add_terms(losses, policy, plain, reference_pair, learns=model.training)
+        if model.training:
+            self._note_rewards(policy, reference_pair, batch)
+        losses = self._add_terms(losses, policy, plain, reference_pair)
         losses = losses * batch["weights"]
         pair_rewards = self.loss.rewards(policy, reference_pair, **numbers)
         metrics = pairwise_metrics(plain, pair_rewards, self.loss.parts)
@@ -95,7 +100,8 @@ class DpoStage:
         for piece in pieces:
             assert self.reference is not None
             responses, reference = response_logps(model, piece), self.reference.logps(model, piece)
-            logratios.append(_logratios(*self._weighed_pairs(responses, reference, piece["pairs"])))
+            found = _logratios(*self._weighed_pairs(responses, reference, piece["pairs"]))
+            logratios.append(counted(found, piece))
         return self._mean_kls(torch.cat(logratios))
 
     def forget_step(self) -> None:
@@ -108,7 +114,7 @@ class DpoStage:
         Within the step the mean stays, so that the loss does not depend on how it is cut in micro-batches.
         """
         if self._step_rewards:
-            seen = torch.cat(self._step_rewards).detach()
+            seen = torch.cat(self._step_rewards)
             total, count = (
                 self.gather(torch.stack([seen.sum(), seen.new_tensor(len(seen))])).view(-1, 2).sum(0)
             )
@@ -139,23 +145,31 @@ class DpoStage:
     def _weigh(responses: ResponseLogps, pairs: Tensor, alpha: float | None) -> ResponseLogps:
         return responses if alpha is None else desensitize_length(responses, pairs, alpha)
 
-    def _batch_kl(self, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    def _batch_kl(
+        self, policy: PairLogps, reference: PairLogps | None, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """KL of either side, from all ranks' micro-batches, where the loss has such a term."""
         if not self.loss.needs_batch_kl:
             return {}
-        return self._mean_kls(_logratios(policy, reference))
+        return self._mean_kls(counted(_logratios(policy, reference), batch))
 
     def _mean_kls(self, logratios: Tensor) -> dict[str, Tensor]:
-        chosen, rejected = self.gather(logratios).unbind(1)
-        return {"kl_chosen": mean_kl(chosen), "kl_rejected": mean_kl(rejected)}
+        """Those of log-ratios (m, 2), whose number m differs between ranks."""
+        own = torch.cat([logratios.sum(0), logratios.new_tensor([len(logratios)])])
+        chosen, rejected, number = self.gather(own).view(-1, 3).sum(0)
+        return {"kl_chosen": kl_estimate(chosen, number), "kl_rejected": kl_estimate(rejected, number)}
+
+    def _note_rewards(self, policy: PairLogps, reference: PairLogps | None, batch: dict[str, Any]) -> None:
+        """Gather what the classifier loss compares the rewards of later steps with."""
+        if self.method.pref_bco_weight and reference is not None:
+            seen = rewards(policy, reference, beta=self.method.pref_beta)
+            self._step_rewards += [counted(side.detach(), batch) for side in seen]
 
     def _add_terms(
-        self, losses: Tensor, policy: PairLogps, plain: PairLogps, reference: PairLogps | None, learns: bool
+        self, losses: Tensor, policy: PairLogps, plain: PairLogps, reference: PairLogps | None
     ) -> Tensor:
         """Mix in the classifier loss and add the likelihood of chosen, each where it has a weight."""
         if self.method.pref_bco_weight and reference is not None:
-            if learns:
-                self._step_rewards += rewards(policy, reference, beta=self.method.pref_beta)
             bco = bco_loss(policy, reference, beta=self.method.pref_beta, shift=self.reward_mean.mean)
             losses = mix_bco(losses, bco, self.method.pref_bco_weight)
         if self.method.pref_ftx:

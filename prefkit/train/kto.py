@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.config.schema import MethodConfig
+from prefkit.data.packing import counted
 from prefkit.model.policy import LogpsOf
 from prefkit.model.reference import Reference
 from prefkit.objectives.kto import kl_estimate, kto_loss
@@ -24,6 +25,8 @@ class KtoStage:
     joins a vector from all ranks; `expects_identity` asks for the first batch to be checked against
     `IDENTITY_TOLERANCE[dtype]`.
     """
+
+    joins_ranks = True
 
     def __init__(
         self,
@@ -63,7 +66,9 @@ class KtoStage:
             [label == "desirable" for label in batch["labels"] if label != "partner"], device=judged.device
         )
         given = batch.get("statistics")
-        statistics = self._kl([_logratios(policy, reference, partners)]) if given is None else given
+        statistics = (
+            self._kl([counted(_logratios(policy, reference, partners), batch)]) if given is None else given
+        )
         logratios = policy.logps[judged] - reference.logps[judged]
         losses = kto_loss(logratios, desirable, **statistics, **self.numbers)
         if self.expects_identity:
@@ -89,7 +94,7 @@ class KtoStage:
         logratios = []
         for piece in pieces:
             policy, reference = self.policy_logps(model, piece), self.reference.logps(model, piece)
-            logratios.append(_logratios(policy, reference, _places(piece)[1]))
+            logratios.append(counted(_logratios(policy, reference, _places(piece)[1]), piece))
         return self._kl(logratios)
 
     def forget_step(self) -> None:

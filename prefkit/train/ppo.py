@@ -33,6 +33,8 @@ class PpoStage:
     each rollout. The KL and the scores are kept there too.
     """
 
+    joins_ranks = False
+
     def __init__(self, config: PpoConfig, dtype: torch.dtype, router_loss_weight: float = 0.0) -> None:
         self.name = "ppo"
         self.config = config

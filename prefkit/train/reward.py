@@ -22,6 +22,7 @@ class RewardStage:
     """
 
     name = "rm"
+    joins_ranks = False
     gather: Callable[[Tensor], Tensor]
 
     def __init__(self, method: MethodConfig) -> None:

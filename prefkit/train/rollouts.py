@@ -107,13 +107,12 @@ class RolloutSource:
         size = self.args.gradient_accumulation_steps
         for number in range(self.config.ppo.ppo_epochs):
             drawn = np.random.default_rng((self.args.seed, self.epoch, number))
-            order = drawn.permutation(len(batches)).tolist()
-            for start in range(0, len(order), size):
-                update = order[start : start + size]
+            for update in drawn.permutation(self.config.ppo.ppo_buffer_size).tolist():
+                own = slice(update * size, (update + 1) * size)
                 if self.config.ppo.ppo_ptx:
-                    scale_losses([batches[i] for i in update], counts[update].sum(0), self.config.ppo.ppo_ptx)
+                    scale_losses(batches[own], counts[own].sum(0), self.config.ppo.ppo_ptx)
                 self._learning_since = time.perf_counter()
-                yield from (batches[i].batch for i in update)
+                yield from (one.batch for one in batches[own])
 
     def end_update(self) -> None:
         """Say that the batches of an update were learnt from."""
@@ -148,9 +147,18 @@ class RolloutSource:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     def _own_numbers(self) -> list[int]:
-        """The numbers, in this rollout, of the prompts that are this rank's."""
-        own = prompts_per_rollout(self.config, self.args) // self.args.world_size
-        return list(range(self.args.process_index * own, (self.args.process_index + 1) * own))
+        """The numbers, in this rollout, of the prompts that are this rank's: a part of those of each update.
+
+        An update has consecutive ones, the same for any number of ranks.
+        """
+        own, rank, world = self._prompts_per_update, self.args.process_index, self.args.world_size
+        starts = ((update * world + rank) * own for update in range(self.config.ppo.ppo_buffer_size))
+        return [number for start in starts for number in range(start, start + own)]
+
+    @property
+    def _prompts_per_update(self) -> int:
+        """Prompts of an update on this rank."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     def _make(self) -> tuple[list[MicroBatch], Tensor]:
         """Draw and judge: the micro-batches of one pass with what is learnt from them, and of each, on all
@@ -187,15 +195,15 @@ class RolloutSource:
         return batches, gather(counts[None]).sum(0).cpu()
 
     def _pack(self, drawn: Drawn, answers: Sequence[TokenizedExample]) -> list[MicroBatch]:
-        """Packed batches of drawn rows of like length, each with as many answers where there are any."""
-        rows, size = drawn.rows, self.args.per_device_train_batch_size
-        order = sorted(range(len(rows)), key=lambda i: (-rows[i].num_tokens, i))
+        """Packed batches, update by update, of drawn rows of like length, each with as many answers where
+        there are any."""
+        rows, size, own = drawn.rows, self.args.per_device_train_batch_size, self._prompts_per_update
+        order = sorted(range(len(rows)), key=lambda i: (i // own, -rows[i].num_tokens, i))
         batches = []
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            own = [rows[i] for i in places]
-            batch = self.answerer.policy.packer([*own, *answers[start : start + size]])
-            num_drawn = sum(len(row.response_ids) for row in own)
+            batch = self.answerer.policy.packer([rows[i] for i in places] + [*answers[start : start + size]])
+            num_drawn = sum(len(rows[i].response_ids) for i in places)
             batches.append(MicroBatch(batch, places, num_drawn, self.answerer.measure(self._trainer, batch)))
         return batches
 

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
-from prefkit.data.dataset import USES, RunData, load_data
+from prefkit.data.dataset import USES, RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.readers import DataError
 from prefkit.data.streaming import StreamedRows
@@ -57,6 +57,7 @@ from prefkit.train.out_of_memory import naming_memory_faults
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on, make_output_folder, output_path
 from prefkit.train.policy import Policy, build_policy
+from prefkit.train.ranks import load_data_once
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.rollout_count import count_in_updates, updates_per_step
 from prefkit.train.signals import StopSignals
@@ -122,8 +123,7 @@ def _train(
         set_pad_token(tokenizer, template, config.model)
         template = make_template(tokenizer, config.data, template.vision)  # it knows a token that may be new
     tracker = make_tracker(console)
-    with args.main_process_first(local=False):  # the others find the rows that it has encoded
-        data = load_data(config, template, args.seed, console.print, tracker)
+    data = load_data_once(config, args, template, console.print, tracker)
     _check_margins(config, data)
     if not isinstance(data.train, StreamedRows):
         print_ledger(console, data.ledgers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,18 +37,27 @@ class StageOutput:
     reference: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[str, Tensor] = field(default_factory=dict)
 
+    def of_no_rows(self) -> StageOutput:
+        """The same names, of nothing: M is 0."""
+        metrics, reference = (
+            {name: values[:0] for name, values in named.items()} for named in (self.metrics, self.reference)
+        )
+        return replace(self, losses=self.losses[:0], metrics=metrics, reference=reference, largest={})
+
 
 class Stage(Protocol):
     """What the trainer asks of a stage.
 
-    `name` is what messages call it; `gather` joins a vector from all ranks.
+    `name` is what messages call it; `gather` joins a vector from all ranks; `joins_ranks` says that a loss
+    takes something from all rows of a micro-step, on whatever rank they are.
     """
 
     name: str
+    joins_ranks: bool
     gather: Callable[[Tensor], Tensor]
 
     def compute(self, model: nn.Module, batch: dict[str, Any]) -> StageOutput:
-        """Losses and metrics of a packed batch.
+        """Losses and metrics of a packed batch; a filler adds nothing to what is gathered.
 
         Where it is a piece of a micro-batch, its `statistics` are those of the whole.
         """

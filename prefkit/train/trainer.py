@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +11,11 @@ from typing import Any, cast
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from prefkit.config.schema import TuningConfig
 from prefkit.data.dataset import RunData
-from prefkit.data.encode import TokenizedExample
-from prefkit.data.packing import Packer, rows_of_losses
+from prefkit.data.packing import FILLER, Packer, rows_of_losses
 from prefkit.data.view import RowView
 from prefkit.files import replace_text
 from prefkit.objectives.metrics import by_label, held_out_metrics, means
@@ -25,9 +23,10 @@ from prefkit.train.answered import JudgeFailed
 from prefkit.train.answers import answer_and_judge, means_of, write_answers
 from prefkit.train.checkpoint import PickleFreeCheckpoints
 from prefkit.train.guard import NotFinite, Seen, StepGuard, check_finite, not_finite
+from prefkit.train.loading import NUMBERS, WORK, Collator, Loaders, SharesLoader, rows_in_order
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.rollouts import RolloutSource
-from prefkit.train.signals import Interrupted, StopSignals, ignore_in_worker
+from prefkit.train.signals import Interrupted, StopSignals
 from prefkit.train.spikes import SPIKE_FILE, Spike
 from prefkit.train.stages import Stage, StageOutput
 from prefkit.train.strategy import Strategy
@@ -60,7 +59,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(packer),
+            data_collator=cast("Any", Collator(packer)),
             train_dataset=data.train if args.do_train else None,
             eval_dataset=data.held_out_parts or (data.held_out if len(data.held_out) else None),
             processing_class=tokenizer,
@@ -70,6 +69,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         strategy.use(self.accelerator)
         self.stage = stage
         self.tuning = tuning
+        width = cast("Any", model).config.get_text_config().hidden_size
+        self.loaders = Loaders(args, packer, width, stage.joins_ranks)
         stage.gather = self.accelerator.gather
         self.signals = signals
         self.rollouts = rollouts
@@ -125,7 +126,19 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The rows to train on, or what is drawn in rollouts, of which each is an epoch."""
-        return super().get_train_dataloader() if self.rollouts is None else self.rollouts
+        if self.rollouts is not None:
+            return self.rollouts
+        return self.loaders.for_training(cast("Any", self.train_dataset))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> SharesLoader:
+        """Held-out rows: those of the name, those given, or all."""
+        known: Any = self.eval_dataset
+        rows = known[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return self.loaders.for_held_out(known if rows is None else rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> SharesLoader:
+        """Rows of which each gets its own line."""
+        return self.loaders.for_held_out(test_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, or that of LoRA+, whose B learns faster than its A
@@ -157,6 +170,11 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         A backward that fails has added a part of its gradients: all of the optimiser step is then done again.
         Gradients are the same but for rounding; dropout draws anew.
         """
+        if (work := inputs.get(WORK)) is not None:
+            sums = work.imbalances()
+            _add_sums(
+                self._window_sums, {name: torch.tensor(it, device=self.args.device) for name, it in sums}
+            )
         self._step_inputs.append(inputs)
         todo = [inputs]
 
@@ -202,12 +220,14 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share in the mean loss of the optimiser step."""
+        """This micro-batch's share in the mean loss of the optimiser step; of a filler it is 0."""
         output = self.stage.compute(model, inputs)
-        self._record(inputs, output)
         # DDP and its kin average gradients over ranks, so each rank's sum is scaled up again.
         assert num_items_in_batch is not None
         loss = output.losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        if FILLER in inputs:
+            loss, output = 0.0 * loss, output.of_no_rows()
+        self._record(inputs, output)
         return (loss, output) if return_outputs else loss
 
     def prediction_step(
@@ -217,8 +237,9 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Loss and metrics of each pair or judged response, (M, K); the loop gathers them and drops
-        repeated rows.
+        """Loss and metrics of each pair or judged response, (B, K), and its number among the held-out, (B,).
+
+        Those of an incomplete batch are followed by rows numbered -1: ranks have equally many to gather.
 
         Raises `NotFinite`.
         """
@@ -230,7 +251,12 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
 
         when = f"Evaluation at step {self.state.global_step}"
         table = self.evaluation_pieces.fit(attempt, lambda: None, when)
-        return None, table, table.new_zeros(len(table))
+        number = 0 if FILLER in inputs else len(table)
+        numbers = torch.full((self.args.eval_batch_size,), -1, device=table.device)
+        numbers[:number] = torch.tensor(inputs[NUMBERS][:number], device=table.device)
+        found = table.new_zeros(len(numbers), table.shape[1])
+        found[:number] = table[:number]
+        return None, found, numbers
 
     def _table(self, model: nn.Module, piece: dict[str, Any]) -> Tensor:
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -244,7 +270,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         return table
 
     def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        columns = torch.as_tensor(prediction.predictions).unbind(1)
+        columns = rows_in_order(prediction.predictions, prediction.label_ids).unbind(1)
         return held_out_metrics(dict(zip(self._columns, columns, strict=True)))
 
     def evaluate(
@@ -275,8 +301,8 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             found = {f"predict_{name}": value for name, value in means_of(answers).items()}
             return found, [asdict(answer) for answer in answers]
         output = self.predict(cast("Any", examples), metric_key_prefix="predict")
-        assert not isinstance(output.predictions, tuple)
-        rows = [dict(zip(self._columns, row, strict=True)) for row in output.predictions.tolist()]
+        table = rows_in_order(output.predictions, output.label_ids).tolist()
+        rows = [dict(zip(self._columns, row, strict=True)) for row in table]
         return output.metrics or {}, rows
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -371,9 +397,17 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
         total: Tensor = self.accelerator.reduce(count, "sum")
         return total
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens that are read, those of fillers not; a shared row has no padding."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        number = 0 if FILLER in inputs else len(ids)
+        mask = torch.ones_like(ids) if mask is None else mask
+        super()._track_num_input_tokens({"input_ids": ids[:number], "attention_mask": mask[:number]})
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device; dtypes stay, which the Trainer's own does not promise."""
-        moved: dict[str, Any] = send_to_device(inputs, self.args.device)
+        config: Any = self.args.accelerator_config
+        moved: dict[str, Any] = send_to_device(inputs, self.args.device, non_blocking=config.non_blocking)
         return moved
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | Tensor:
@@ -418,21 +452,6 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             self.training_pieces.say(str(spike))
             with (Path(str(self.args.output_dir)) / SPIKE_FILE).open("a", encoding="utf-8") as file:
                 file.write(spike.to_json())
-
-
-class Collator:
-    """Packs examples into a batch in the form that data loader and Trainer take."""
-
-    def __init__(self, packer: Packer) -> None:
-        self.packer = packer
-        self._is_ready_worker = False
-
-    def __call__(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-        """A packed batch."""
-        if not self._is_ready_worker and get_worker_info() is not None:
-            ignore_in_worker()
-            self._is_ready_worker = True
-        return self.packer(examples)
 
 
 def _seen(inputs: dict[str, Any], output: StageOutput) -> Seen:

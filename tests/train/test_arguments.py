@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
@@ -25,7 +26,7 @@ VALUES: dict[str, Any] = {
     "optim_target_modules": ["attn"],
     "include_for_metrics": ["loss"],
     "metric_for_best_model": "eval_rewards/margins",
-    "accelerator_config": {"even_batches": False},
+    "accelerator_config": {"non_blocking": True},
     "liger_kernel_config": {"rope": True},
     "activation_checkpointing_kwargs": {"determinism_check": "none"},
     "gradient_checkpointing_kwargs": {"determinism_check": "none"},
@@ -103,6 +104,21 @@ def test_each_key_arrives(write_config: Any, name: str) -> None:
     assert arrived == value or arrived == [value]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("split_batches", True),
+        ("dispatch_batches", True),
+        ("even_batches", False),
+        ("use_seedable_sampler", False),
+    ],
+)
+def test_accelerate_leaves_batches_alone(write_config: Any, name: str, value: bool) -> None:
+    config = load_config(write_config(accelerator_config={name: value})).config
+    with pytest.raises(UserError, match=f"accelerator_config: {name} has no place here"):
+        make_training_arguments(config)
+
+
 def test_checkpointing_has_one_switch_and_two_names(write_config: Any, monkeypatch: Any) -> None:
     """On a CPU it is off unless it is asked for: by gradient_checkpointing, activation_checkpointing or
     disable_gradient_checkpointing."""
@@ -129,6 +145,7 @@ class _Given:
     """Arguments of a machine that is not here."""
 
     n_gpu = 1
+    accelerator_config = AcceleratorConfig()
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given

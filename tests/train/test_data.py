@@ -74,6 +74,15 @@ def test_a_stream_in_file_order_is_the_data_set_in_file_order(write_config, tmp_
 
 
 @forks
+def test_data_workers_share_a_stream(write_config, tmp_path: Path) -> None:
+    """Each reads all of it, and no row is trained on by way of both."""
+    keys = {"streaming": True, "max_steps": 4, "buffer_size": 3, "gradient_accumulation_steps": 2}
+    for number in (0, 2):
+        run(write_config(**keys, dataloader_num_workers=number, output_dir=str(tmp_path / str(number))))
+    assert same(tmp_path / "0", tmp_path / "2")
+
+
+@forks
 def test_two_processes_share_a_stream(write_config, tmp_path: Path) -> None:
     keys = {"streaming": True, "max_steps": 3, "learning_rate": 1e-3, "disable_shuffling": True}
     run(write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PrinterCallback
@@ -19,7 +20,9 @@ from transformers import PrinterCallback
 from prefkit.config import load_config
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
+from prefkit.data.lengths import WHOLE
 from prefkit.data.packing import Layout, Packer
+from prefkit.data.view import RowView
 from prefkit.objectives.pairwise import LOSSES
 from prefkit.train import dpo
 from prefkit.train.arguments import make_training_arguments
@@ -40,6 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def view(rows: list[TokenizedExample]) -> RowView:
+    """Rows as a run has them, all whole and in their order."""
+    return RowView([rows], np.array([(0, row, WHOLE) for row in range(len(rows))]))
+
+
 class Run:
     """A trainer of the tiny model, all weights trained, two micro-batches of up to four rows a step."""
 
@@ -47,8 +55,8 @@ class Run:
         self.config = load_config(config).config
         args = make_training_arguments(self.config)
         model, reference = model_and_reference(layout, 0.9)
-        self.examples = make_examples(7, several=self.config.method.ld_alpha is None)
-        self.held_out = make_examples(7, several=False)
+        self.examples = view(make_examples(7, several=self.config.method.ld_alpha is None))
+        self.held_out = view(make_examples(7, several=False))
         data: Any = SimpleNamespace(train=self.examples, held_out=self.held_out, held_out_parts={})
         self.said: list[str] = []
         self.gradients: list[dict[str, torch.Tensor]] = []

@@ -191,7 +191,6 @@ def test_two_processes_are_one_with_twice_the_batch(write: Write, tmp_path: Path
     for a, b in zip(one, two, strict=True):
         for name in ("ppo/score", "ppo/kl", "ppo/response_length", "ppo/kl_coef"):
             assert a[name] == pytest.approx(b[name], abs=1e-4), name
-    # Micro-batches hold other rows, so that later updates of a rollout see another order.
     answers = [(tmp_path / name / "eval_samples.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(line)["source"] for line in answers[0]] == [
         json.loads(line)["source"] for line in answers[1]

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from prefkit.train import watchdog
 from prefkit.train.checkpoint import verify_checkpoint
 from prefkit.train.dpo import DpoStage
-from prefkit.train.trainer import Collator
+from prefkit.train.loading import Collator
 from prefkit.train.watchdog import Watchdog
 from tests.train.forks import FORKS, Fork, command, two_ranks
 from tests.train.runs import read, torchrun
