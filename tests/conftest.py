@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -187,6 +188,20 @@ def restore_threads() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
+    freeze()
+
+
+_FINISHED = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Tests import more: freeze whenever their number has doubled."""
+    number = next(_FINISHED)
+    if number & (number - 1) == 0:
+        freeze()
+
+
+def freeze() -> None:
     """Take what is there for good out of the collector's way: it would walk all of torch again and again."""
     gc.collect()
     gc.freeze()

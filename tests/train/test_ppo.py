@@ -110,7 +110,7 @@ def test_every_number_of_the_issue_is_logged(write: Write, tmp_path: Path) -> No
 
 def test_a_run_learns_its_reward(write: Write, tmp_path: Path) -> None:
     """It writes more ASCII; the reward is then told apart from one that is always the same."""
-    keys = {"max_steps": 20, "ppo_init_kl": 0, "ppo_group_size": 8, "ppo_epochs": 4, "logging_steps": 5}
+    keys = {"max_steps": 15, "ppo_init_kl": 0, "ppo_group_size": 8, "ppo_epochs": 4, "logging_steps": 5}
     run(write(**keys))
     learnt = [line["reward"] for line in log_of(tmp_path / "out")]
     run(write(**{**keys, "max_steps": 5}, reward_function=f"{REWARDS}:same", overwrite_output_dir=True))
