@@ -195,9 +195,9 @@ _FINISHED = itertools.count(1)
 
 
 def pytest_runtest_logfinish() -> None:
-    """Tests import more: freeze whenever their number has doubled."""
+    """Tests import more: freeze whenever their number has doubled, and at each 256th."""
     number = next(_FINISHED)
-    if number & (number - 1) == 0:
+    if number & (number - 1) == 0 or number % 256 == 0:
         freeze()
 
 
