@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 torch.set_num_threads(1)
 
+from jinja2 import Environment  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -170,6 +173,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compile_each_template_once() -> Iterator[None]:
+    """peft compiles that of its model cards at each save."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", cache(Environment.compile))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def restore_threads() -> Iterator[None]:
     yield
@@ -177,6 +188,20 @@ def restore_threads() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
+    freeze()
+
+
+_FINISHED = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Tests import more: freeze whenever their number has doubled, and at each 256th."""
+    number = next(_FINISHED)
+    if number & (number - 1) == 0 or number % 256 == 0:
+        freeze()
+
+
+def freeze() -> None:
     """Take what is there for good out of the collector's way: it would walk all of torch again and again."""
     gc.collect()
     gc.freeze()

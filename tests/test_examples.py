@@ -30,20 +30,25 @@ PPO = [file for file in EXAMPLES if file.stem.startswith("ppo")]
 
 
 def train_example(name: str, folder: Path, *overrides: str) -> RunConfig:
-    """Two steps of an example into a folder."""
-    given = [f"output_dir={folder}", "max_steps=2", *overrides]
+    """Two steps of an example, upon some of its rows, into a folder."""
+    given = [f"output_dir={folder}", "max_steps=2", "max_samples=16", *overrides]
     loaded = load_config(ROOT / "examples" / f"{name}.yaml", given)
     assert all("without effect" in warning for warning in loaded.warnings)
     train(loaded.config, make_console(io.StringIO()))
     return loaded.config
 
 
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs it leaves a reward model."""
+    return tmp_path_factory.mktemp("judge") / "reward"
+
+
 @pytest.fixture
-def judge(file: Path, tiny_model: Path, tmp_path: Path) -> Iterator[list[str]]:
+def judge(file: Path, tiny_model: Path, reward: Path) -> Iterator[list[str]]:
     """The keys by which an example of ppo finds what judges, which is there as long as this fixture."""
-    reward = tmp_path / "reward"
     with contextlib.ExitStack() as held:
-        if file.stem in ("ppo", "ppo_http"):
+        if file.stem in ("ppo", "ppo_http") and not reward.exists():
             train_example("reward", reward, f"model_name_or_path={tiny_model}")
         if file.stem == "ppo_http":
             rewards = pytest.importorskip("prefkit.serve.rewards")

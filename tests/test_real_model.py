@@ -27,11 +27,10 @@ DEMO = ROOT / "examples" / "demo_dpo.yaml"
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(2)
 
 
 def test_layouts_agree() -> None:
-    config = load_config(DEMO, ["max_samples=3"]).config
+    config = load_config(DEMO, ["max_samples=2", "cutoff_len=256"]).config
     template = ChatTemplate(load_tokenizer(config.model))
     data = load_data(config, template, 0, lambda text: None, lambda items, title: items)
     rows = list(data.train)  # type: ignore[arg-type]
@@ -48,7 +47,8 @@ def test_layouts_agree() -> None:
 
 
 def test_training_starts_at_ln_2(tmp_path: Path) -> None:
-    given = [f"output_dir={tmp_path}", "max_samples=8", "max_steps=1", "sample_prompts=0", "pref_ftx=0"]
+    given = [f"output_dir={tmp_path}", "max_samples=1", "max_steps=1", "sample_prompts=0", "pref_ftx=0"]
+    given += ["per_device_train_batch_size=1", "gradient_accumulation_steps=1", "cutoff_len=96"]
     config = load_config(DEMO, [*given, "do_eval=false", "eval_strategy=no"]).config
     train(config, make_console(io.StringIO()))
     state = json.loads((tmp_path / "trainer_state.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors")
 
 def library_versions() -> dict[str, str]:
     """Versions of prefkit and of the libraries that numbers depend on."""
-    return {"prefkit": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
+    return {"prefkit": __version__, **{name: _version(name) for name in _LIBRARIES}}
+
+
+@cache
+def _version(library: str) -> str:
+    return importlib.metadata.version(library)
 
 
 def write_record(folder: Path, config: RunConfig, facts: dict[str, Any]) -> None:

@@ -135,10 +135,7 @@ class ReferenceBuilder:
     def _load_model(self) -> FrozenModel:
         """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
         model_config = replace(_ref_model_config(self.config), batch_layout=self.policy.layout)
-        try:
-            model = self._read_model(model_config, self.config.reference.ref_model_adapters)
-        except UserError as error:
-            raise UserError(f"ref_model: {error}") from error
+        model = self._read_model(model_config, self.config.reference.ref_model_adapters)
         return FrozenModel(model, self._model_name(), False, self._autocast)
 
     def _read_model(self, model_config: ModelConfig, adapters: Sequence[str]) -> nn.Module:
@@ -149,7 +146,7 @@ class ReferenceBuilder:
         try:
             prepare_for_batches(model, model_config, longest, lambda text: None, self.policy.has_images)
         except UserError as error:
-            raise UserError(f"{error}; write batch_layout: repeat") from error
+            raise UserError(f"the reference: {error}; write batch_layout: repeat") from error
         if self.strategy.one_dtype is not None:
             set_one_dtype(model, self.strategy.one_dtype)
         return model

@@ -80,7 +80,7 @@ def test_json_is_one_object_and_nothing_else(write_config: Write, bare_model: Pa
 @forks
 def test_exit_codes(write_config: Write, bare_model: Path, dataset_dir: Path) -> None:
     bare = f"model_name_or_path={bare_model}"
-    done = call("check", write_config(), bare, "--memory", "1MB")
+    done = call("check", write_config(per_device_train_batch_size=1), bare, "--memory", "1MB")
     assert done.returncode == 3 and "Does not fit into 1 MB" in done.stdout, done.stderr
     assert "take a smaller model" in done.stdout
     assert call("check", write_config(), bare, "--memory", "much").returncode == 1

@@ -20,6 +20,7 @@ from prefkit.serve import export as export_module
 from prefkit.serve.export import export
 from prefkit.serve.load import load_model
 from tests.train.runs import read, run
+from tests.train.test_kills import rest_is_slow
 
 
 def write(source: Path, folder: Path, *overrides: str) -> str:
@@ -31,15 +32,19 @@ def write(source: Path, folder: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {},
-        {"use_dora": True, "use_rslora": True},
-        {"pissa_init": True, "pissa_iter": 4},
-        {"additional_target": "lm_head"},
-        {"add_special_tokens": "<|a|>,<|b|>", "template": "qwen3", "enable_thinking": False},
-        {"rope_scaling": "yarn", "cutoff_len": 1000},
-        {"finetuning_type": "full", "learning_rate": 1e-3},
-    ],
+    rest_is_slow(
+        [
+            {},
+            {"pissa_init": True, "pissa_iter": 4},
+            {"add_special_tokens": "<|a|>,<|b|>", "template": "qwen3", "enable_thinking": False},
+            {"finetuning_type": "full", "learning_rate": 1e-3},
+        ],
+        [
+            {"use_dora": True, "use_rslora": True},
+            {"additional_target": "lm_head"},
+            {"rope_scaling": "yarn", "cutoff_len": 1000},
+        ],
+    ),
     ids=str,
 )
 def test_plain_transformers_answers_as_the_adapter_does(

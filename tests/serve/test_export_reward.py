@@ -34,18 +34,30 @@ from tests.conftest import make_model, make_tokenizer
 from tests.model.test_reward import make_reward_model, put_value_head
 from tests.serve.test_export import write
 from tests.train.runs import load_reward_model, read, run, weights
+from tests.train.test_kills import rest_is_slow
 from tests.train.test_reward import KINDS, end_padded_model, plain_scores, scores, texts
 
 CODE = re.compile(r"\n\n((?:    .*\n)+)")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that trains without further keys leaves its reward model for the others."""
+    return tmp_path_factory.mktemp("kept") / "out"
+
+
 @pytest.fixture
-def train(write_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def train(write_config: Callable[..., Path], tmp_path: Path, kept: Path) -> Callable[..., Path]:
     """Trains a reward model in `out`; arguments are keys."""
 
     def trained(**keys: Any) -> Path:
-        run(write_config(**{"stage": "rm", "template": "chatml", "max_steps": 4, **keys}))
-        return tmp_path / "out"
+        given = {"stage": "rm", "template": "chatml", "max_steps": 4, **keys}
+        if keys:
+            run(write_config(**given))
+            return tmp_path / "out"
+        if not kept.exists():
+            run(write_config(**given, output_dir=str(kept)))
+        return Path(shutil.copytree(kept, tmp_path / "out"))
 
     return trained
 
@@ -66,16 +78,15 @@ def value_head_adapter(folder: Path, base: Path, bias: float = 0.0) -> Path:
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {},
-        {"model": "end"},
-        {"use_dora": True, "use_rslora": True},
-        {"pissa_init": True, "pissa_iter": 4},
-        {"add_special_tokens": "<|a|>,<|b|>"},
-        {"rope_scaling": "yarn", "cutoff_len": 1000},
-        KINDS["freeze"],
-        KINDS["full"],
-    ],
+    rest_is_slow(
+        [{}, {"model": "end"}, {"pissa_init": True, "pissa_iter": 4}, KINDS["full"]],
+        [
+            {"use_dora": True, "use_rslora": True},
+            {"add_special_tokens": "<|a|>,<|b|>"},
+            {"rope_scaling": "yarn", "cutoff_len": 1000},
+            KINDS["freeze"],
+        ],
+    ),
     ids=str,
 )
 def test_plain_transformers_scores_as_the_trained_model(
@@ -150,7 +161,7 @@ def test_the_cards_score(
     assert found == pytest.approx([own] * 3, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "tied"])
+@pytest.mark.parametrize("kind", rest_is_slow(["lora", "tied"], ["freeze", "full"]))
 def test_a_value_head_beside_a_merged_language_model(
     train: Callable[..., Path], tmp_path: Path, tiny_model: Path, kind: str
 ) -> None:

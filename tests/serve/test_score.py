@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from prefkit.runs.use import read_use_config
 from prefkit.serve import score
 from prefkit.serve.score import score_file
 from tests.serve.conftest import alone
+from tests.train.forks import Fork, command, forks
 
 Score = Callable[..., list[dict[str, Any]]]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -183,22 +182,21 @@ def test_two_do_not_write_one_file(run: Score, tmp_path: Path) -> None:
         run(rows(3))
 
 
+@forks
 def test_a_kill_loses_no_row_and_scores_none_twice(reward_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(1500)))
     output = tmp_path / "scores.jsonl"
-    command = [sys.executable, "-m", "prefkit", "score", str(reward_folder), str(file), "-o", str(output)]
     kills = 0
     for _ in range(20):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            known = output.stat().st_size if output.exists() else 0
-            while process.poll() is None and (not output.exists() or output.stat().st_size <= known):
-                time.sleep(0.002)
-            if process.poll() is None and kills < 3:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.wait()
-        if process.returncode == 0:
+        known = output.stat().st_size if output.exists() else 0
+        process = Fork(tmp_path / "printed", command("score", reward_folder, file, "-o", output))
+        while (code := process.poll()) is None and (not output.exists() or output.stat().st_size <= known):
+            time.sleep(0.002)
+        if code is None and kills < 3:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        if (process.end() if code is None else code) == 0:
             break
     lines = read(output)
     assert kills >= 2 and [line["row"] for line in lines] == [f"{file}:{n}" for n in range(1, 1501)]

@@ -37,6 +37,7 @@ from tests.model.test_reward import make_reward_model, put_value_head
 from tests.model.test_reward_adapter import LONGEST, make_policy, make_rater
 from tests.train.judged import TEXTS, make_answered
 from tests.train.runs import losses, run, same, unfinish
+from tests.train.test_kills import rest_is_slow
 
 LONG = [Message("system", "S"), Message("user", "word " * 40)]
 Configure = Callable[..., RunConfig]
@@ -379,7 +380,7 @@ def test_what_a_resumed_run_must_share(
 # A run that has a reward model upon its policy
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_target": "q_proj"}, {"pissa_init": True}])
+@pytest.mark.parametrize("more", rest_is_slow([{}], [{"lora_target": "q_proj"}, {"pissa_init": True}]))
 def test_a_run_saves_and_resumes_as_if_it_were_not_there(
     more: dict[str, Any],
     write_config: Callable[..., Path],

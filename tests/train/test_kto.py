@@ -28,6 +28,7 @@ from tests.conftest import make_model, make_tokenizer
 from tests.train.forks import forks, run_in_two
 from tests.train.given import GivenReference, model_and_reference
 from tests.train.runs import losses, read, run, same, unfinish, weights
+from tests.train.test_kills import rest_is_slow
 
 # Response, partner, response, partner: tokens 0-1 | 2 | 3 | 4-5.
 OWNER = torch.tensor([0, 0, 1, 2, 3, 3])
@@ -226,18 +227,19 @@ def test_rows_of_a_stream_may_be_held_out(write_config: Write, tmp_path: Path) -
     assert metrics["eval_count/chosen"] + metrics["eval_count/rejected"] == 4
 
 
-@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+@pytest.mark.parametrize("finetuning_type", rest_is_slow(["lora"], ["full"]))
 def test_the_cache_covers_partners(
     write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetuning_type: str
 ) -> None:
     """With one row a batch the bits are the same; in a second run nothing is computed again."""
-    keys = {**KEYS, "per_device_train_batch_size": 1, "max_steps": 14, "finetuning_type": finetuning_type}
+    keys = {**KEYS, "max_samples": 6, "max_steps": 8, "finetuning_type": finetuning_type}
+    keys["per_device_train_batch_size"] = 1
     run(write_config(**keys, ref_cache=False))
     cached = tmp_path / "cached"
     run(write_config(**keys, ref_cache=True, output_dir=str(cached)))
     assert same(tmp_path / "out", cached)
     printed = run(write_config(**keys, ref_cache=True, output_dir=str(tmp_path / "again")))
-    assert "16 of 16 rows found" in printed
+    assert "10 of 10 rows found" in printed
     assert same(cached, tmp_path / "again")
 
 

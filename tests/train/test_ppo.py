@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from prefkit.train.signals import Interrupted
 from prefkit.train.stages import StageOutput
 from tests.train.forks import FORKS, Fork, run_in_two, two_ranks
 from tests.train.runs import read, run, same, unfinish, weights
+from tests.train.test_kills import rest_is_slow
 
 pytestmark = FORKS
 
@@ -108,10 +110,10 @@ def test_every_number_of_the_issue_is_logged(write: Write, tmp_path: Path) -> No
 
 def test_a_run_learns_its_reward(write: Write, tmp_path: Path) -> None:
     """It writes more ASCII; the reward is then told apart from one that is always the same."""
-    keys = {"max_steps": 20, "ppo_init_kl": 0, "ppo_group_size": 8, "ppo_epochs": 4, "logging_steps": 5}
+    keys = {"max_steps": 15, "ppo_init_kl": 0, "ppo_group_size": 8, "ppo_epochs": 4, "logging_steps": 5}
     run(write(**keys))
     learnt = [line["reward"] for line in log_of(tmp_path / "out")]
-    run(write(**keys, reward_function=f"{REWARDS}:same", overwrite_output_dir=True))
+    run(write(**{**keys, "max_steps": 5}, reward_function=f"{REWARDS}:same", overwrite_output_dir=True))
     assert learnt[-1] > learnt[0] + 1  # its standard error is 0.1
     assert {line["reward"] for line in log_of(tmp_path / "out")} == {1.0}
 
@@ -124,40 +126,44 @@ def plain() -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {"ppo_epochs": 3},
-        {"ppo_buffer_size": 2},
-        {"ppo_group_size": 2},
-        {"ppo_score_norm": True},
-        {"ppo_missing_eos_penalty": 1.0},
-        {"ppo_init_kl": 0.5},
-        {"ppo_target": 0.01, "ppo_kl_horizon": 10.0},
-        {"ppo_kl_horizon": 20.0},
-        {"ppo_whiten_rewards": True},
-        {"ppo_gamma": 0.5},
-        {"ppo_lambda": 0.5},
-        {"ppo_clip": 0.01},
-        {"ppo_value_clip": 0.01},
-        {"ppo_value_coefficient": 1.0},
-        {"ppo_ptx": 0.5, "ppo_ptx_dataset": "pairs"},
-        {"temperature": 0.5},
-        {"top_k": 3},
-        {"top_p": 0.5},
-        {"do_sample": False},
-        {"max_new_tokens": 4},
-        {"repetition_penalty": 2.0},
-        {"disable_shuffling": True},
-        {"seed": 1},
-    ],
+    rest_is_slow(
+        [
+            {"ppo_epochs": 3},
+            {"ppo_group_size": 2},
+            {"ppo_score_norm": True},
+            {"ppo_init_kl": 0.5},
+            {"ppo_clip": 0.01},
+            {"ppo_ptx": 0.5, "ppo_ptx_dataset": "pairs"},
+            {"temperature": 0.5},
+            {"seed": 1},
+        ],
+        [
+            {"ppo_buffer_size": 2},
+            {"ppo_missing_eos_penalty": 1.0},
+            {"ppo_target": 0.01, "ppo_kl_horizon": 10.0},
+            {"ppo_kl_horizon": 20.0},
+            {"ppo_whiten_rewards": True},
+            {"ppo_gamma": 0.5},
+            {"ppo_lambda": 0.5},
+            {"ppo_value_clip": 0.01},
+            {"ppo_value_coefficient": 1.0},
+            {"top_k": 3},
+            {"top_p": 0.5},
+            {"do_sample": False},
+            {"max_new_tokens": 4},
+            {"repetition_penalty": 2.0},
+            {"disable_shuffling": True},
+        ],
+    ),
     ids=lambda keys: next(iter(keys)),
 )
 def test_each_key_changes_what_is_learnt(
     keys: dict[str, Any], write: Write, tmp_path: Path, plain: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     if not plain:
-        run(write(output_dir=str(tmp_path / "plain"), max_steps=3))
+        run(write(output_dir=str(tmp_path / "plain")))
         plain["weights"] = weights(tmp_path / "plain")
-    run(write(**keys, max_steps=3))
+    run(write(**keys))
     found = weights(tmp_path / "out")
     assert any(not torch.equal(found[name], value) for name, value in plain["weights"].items())
 
@@ -215,12 +221,12 @@ def test_only_the_prompts_of_rows_are_read(
     (dataset_dir / "own.json").write_text(json.dumps(made))
     info = read(dataset_dir / "dataset_info.json")
     (dataset_dir / "dataset_info.json").write_text(json.dumps({**info, "own": entry}))
-    assert "4 rows to train on" in run(write(dataset="own"))
+    assert "4 rows to train on" in run(write(dataset="own", max_steps=1))
 
 
 def test_prompts_beyond_cutoff_len_are_cut_and_counted(write: Write, tmp_path: Path) -> None:
     """A response still has `max_new_tokens` after them."""
-    run(write(cutoff_len=24))
+    run(write(cutoff_len=24, max_steps=1))
     (report,) = read(tmp_path / "out" / "data_report.json")["data_sets"]
     assert report["truncated"] > 0 and report["rejected"] == {}
     assert history(tmp_path / "out")[0]["ppo/response_length"] > 4
@@ -304,15 +310,17 @@ def test_another_policy_than_the_one_that_drew_is_refused(
         run(write())
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full", "freeze"])
+@pytest.mark.parametrize("tuning", rest_is_slow(["lora", "full"], ["freeze"]))
 def test_the_value_head_is_saved_and_resumed(tuning: str, write: Write, tmp_path: Path) -> None:
     """Beside the weights, under the names of LLaMA-Factory; the model's own file has none of it."""
-    config = write(finetuning_type=tuning, max_steps=4, save_steps=1, learning_rate=1e-3)
+    config = write(finetuning_type=tuning, max_steps=3, save_steps=1, learning_rate=1e-3)
     out, whole = tmp_path / "out", tmp_path / "whole"
-    run(config, f"output_dir={whole}")
     run(config)
+    shutil.copytree(out, whole)
+    for name in ("adapter_model.safetensors", "model.safetensors", VALUE_HEAD):
+        (out / name).unlink(missing_ok=True)
     unfinish(out)
-    run(config)
+    assert "Resuming from" in run(config)
     assert same(out, whole)
     head, other = (load_file(folder / VALUE_HEAD) for folder in (out, whole))
     assert {name: tuple(value.shape) for name, value in head.items()} == {
@@ -339,7 +347,7 @@ def test_a_run_goes_on_with_the_value_head_of_another(write: Write, tmp_path: Pa
 def test_a_judge_that_fails_leaves_a_checkpoint_to_go_on_from(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write(max_steps=4, ppo_score_norm=True, logging_steps=3)
+    config = write(max_steps=3, ppo_score_norm=True, logging_steps=3)
     run(config, f"output_dir={tmp_path / 'whole'}")
     original, calls = FunctionJudge.score, []
 
@@ -375,7 +383,7 @@ def test_a_judge_that_fails_at_once_leaves_nothing(
 def test_a_signal_in_the_midst_of_drawing_ends_the_run_before_it_learns(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write(max_steps=4)
+    config = write(max_steps=3)
     run(config, f"output_dir={tmp_path / 'whole'}")
     original = Answerer.draw
 
@@ -505,17 +513,18 @@ def test_the_state_of_rollouts_is_needed(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weight of the KL, moments of the scores: forgotten, a resumed run would be another."""
-    config = write(max_steps=4, save_steps=1, ppo_score_norm=True, ppo_target=0.01, ppo_kl_horizon=10.0)
+    config = write(max_steps=3, save_steps=1, ppo_score_norm=True, ppo_target=0.01, ppo_kl_horizon=10.0)
     run(config, f"output_dir={tmp_path / 'whole'}")
     for forgets in (False, True):
-        out = f"output_dir={tmp_path / str(forgets)}"
-        run(config, out)
-        unfinish(tmp_path / str(forgets))
+        folder = tmp_path / str(forgets)
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / "adapter_model.safetensors").unlink()
+        unfinish(folder)
         with monkeypatch.context() as patch:
             if forgets:
                 patch.setattr(RolloutSource, "load_state", lambda self, state: None)
-            run(config, out)
-        assert same(tmp_path / str(forgets), tmp_path / "whole") is not forgets
+            assert "Resuming from" in run(config, f"output_dir={folder}")
+        assert same(folder, tmp_path / "whole") is not forgets
 
 
 def test_a_judge_that_fails_on_one_rank_ends_both_with_a_checkpoint(write: Write, tmp_path: Path) -> None:
@@ -531,7 +540,7 @@ def test_a_judge_that_fails_on_one_rank_ends_both_with_a_checkpoint(write: Write
         "        raise OSError('no route to the judge')\n"
         "    return [float(len(text)) for text in responses]\n"
     )
-    config = write(reward_function=f"{mine}:score", max_steps=3)
+    config = write(reward_function=f"{mine}:score")
     (tmp_path / "on").touch()
     words = ("train", config, f"output_dir={tmp_path / 'out'}")
     ranks = [Fork(tmp_path / f"rank-{rank}.txt", **each) for rank, each in enumerate(two_ranks(*words))]

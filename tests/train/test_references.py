@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,21 @@ from tests.conftest import make_model
 from tests.model.test_reward_adapter import make_policy
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, run, same, unfinish, weights
+from tests.train.test_kills import rest_is_slow
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the first test that needs it makes for all of them."""
+    return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def adapter(write_config, tmp_path: Path) -> str:
-    """A trained adapter of the tiny model."""
-    run(write_config(output_dir=str(tmp_path / "first"), max_steps=6))
+def adapter(write_config, tmp_path: Path, kept: Path) -> str:
+    """A trained adapter of the tiny model, of which each test may change its copy."""
+    if not (kept / "first").exists():
+        run(write_config(output_dir=str(kept / "first"), max_steps=6))
+    shutil.copytree(kept / "first", tmp_path / "first")
     return str(tmp_path / "first")
 
 
@@ -112,17 +122,25 @@ def fill_in(adapter: str, other_model: str, tiny_model: Path) -> Callable[[Any],
     return replace
 
 
-@pytest.mark.parametrize("kind", KINDS)
+RARE = ("continued, against the base", "freeze", "explicit with adapter", "explicit, quantised")
+
+
+@pytest.mark.parametrize("kind", rest_is_slow([kind for kind in KINDS if kind not in RARE], RARE))
 def test_the_reference_is_the_one_named_and_does_not_move(
     write_config, tmp_path: Path, watch: list[Any], fill_in, kind: str
 ) -> None:
-    """Its log-probs before and after 20 steps, and after a resume, are the same bits."""
+    """Its log-probs before and after six steps, and after a resume, are the same bits.
+
+    Training starts at ln 2 where it is what training starts from, anywhere else where it is another model.
+    """
     keys, expected_type, words = KINDS[kind]
-    keys = {"ref_cache": False, "max_steps": 20, "save_steps": 16, **fill_in(keys)}
+    keys = {"ref_cache": False, "max_steps": 6, "save_steps": 4, **fill_in(keys)}
     watch.clear()
     printed = run(write_config(**keys))
     (reference, before), (_, after) = watch
     assert type(reference) is expected_type and fill_in(words) in printed
+    is_start = not any(word in kind for word in ("explicit", "against"))
+    assert (abs(losses(tmp_path / "out")[0] - 0.693147) < 2e-4) is is_start
     assert torch.equal(before, after)
     record = json.loads((tmp_path / "out" / "prefkit.json").read_text())
     assert record["reference"] == reference.describe()
@@ -132,16 +150,6 @@ def test_the_reference_is_the_one_named_and_does_not_move(
     assert "Resuming from" in run(write_config(**keys))
     assert [torch.equal(found, before) for _, found in watch] == [True, True]
     assert all(torch.equal(finished[name], found) for name, found in weights(tmp_path / "out").items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_starts_at_the_margin_of_its_reference(
-    write_config, tmp_path: Path, fill_in, kind: str
-) -> None:
-    """ln 2 where the reference is what training starts from, anything else where it is another model."""
-    run(write_config(**fill_in(KINDS[kind][0])))
-    is_start = not any(word in kind for word in ("explicit", "against"))
-    assert (abs(losses(tmp_path / "out")[0] - 0.693147) < 2e-4) is is_start
 
 
 CACHED = {
@@ -155,16 +163,16 @@ CACHED = {
 }
 
 
-@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("kind", rest_is_slow([*CACHED][:5], [*CACHED][5:]))
 def test_cached_and_uncached_runs_give_identical_weights(
     write_config, tmp_path: Path, fill_in, kind: str
 ) -> None:
     keys: dict[str, Any] = {"per_device_train_batch_size": 1, "max_steps": ..., "num_train_epochs": 2}
-    keys |= {"eval_dataset": "held_out", "do_eval": True, **fill_in(CACHED[kind])}
+    keys |= {"max_samples": 4, "eval_dataset": "held_out", "do_eval": True, **fill_in(CACHED[kind])}
     run(write_config(output_dir=str(tmp_path / "without"), ref_cache=False, **keys))
     first = run(write_config(output_dir=str(tmp_path / "with"), **keys))
     second = run(write_config(output_dir=str(tmp_path / "again"), **keys))
-    assert "0 of 16 rows found" in first and "16 of 16 rows found" in second
+    assert "0 of 8 rows found" in first and "8 of 8 rows found" in second
     assert same(tmp_path / "with", tmp_path / "without") and same(tmp_path / "again", tmp_path / "without")
     results = [
         {k: v for k, v in json.loads((tmp_path / name / "eval_results.json").read_text()).items() if "/" in k}
@@ -173,10 +181,18 @@ def test_cached_and_uncached_runs_give_identical_weights(
     assert results[0] == results[1] == results[2]
 
 
+# In four steps.
+EACH_ROW_TWICE: dict[str, Any] = {
+    "max_steps": ...,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 6,
+}
+
+
 def test_a_sweep_over_losses_reads_the_cache_and_computes_no_reference(
     write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"max_steps": ..., "num_train_epochs": 2}
+    keys = EACH_ROW_TWICE
     run(write_config(**keys))
 
     def refuse(self: AdapterOff, *args: Any) -> None:
@@ -196,12 +212,13 @@ def change_response(folder: Path, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("response", 11), ("template", 0), ("truncation", 5), ("adapter", 0), ("nothing", 12)]
+    ("name", "found"),
+    rest_is_slow([("response", 11), ("adapter", 0), ("nothing", 12)], [("template", 0), ("truncation", 5)]),
 )
 def test_what_has_changed_is_computed_again(
     write_config, tmp_path: Path, dataset_dir: Path, adapter: str, name: str, found: int
 ) -> None:
-    keys: dict[str, Any] = {"max_steps": ..., "num_train_epochs": 2, "adapter_name_or_path": adapter}
+    keys: dict[str, Any] = {**EACH_ROW_TWICE, "adapter_name_or_path": adapter}
     assert "0 of 12 rows found" in run(write_config(**keys))
     if name == "response":
         change_response(dataset_dir, keys)
@@ -220,7 +237,7 @@ def test_what_has_changed_is_computed_again(
 
 
 def test_a_damaged_cache_is_said_aloud_and_computed_again(write_config, tmp_path: Path) -> None:
-    keys = {"max_steps": ..., "num_train_epochs": 2}
+    keys = EACH_ROW_TWICE
     run(write_config(output_dir=str(tmp_path / "one"), **keys))
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     content = bytearray(file.read_bytes())
@@ -234,33 +251,33 @@ def test_a_damaged_cache_is_said_aloud_and_computed_again(write_config, tmp_path
 def test_the_cache_is_on_where_rows_are_seen_again(write_config, tmp_path: Path) -> None:
     for keys, expected in (
         ({"max_steps": 2}, False),
-        ({"max_steps": 7}, True),
+        ({"max_steps": 3}, True),
         ({"max_steps": ..., "num_train_epochs": 1}, False),
         ({"max_steps": ..., "num_train_epochs": 1, "ref_cache": True}, True),
         ({"max_steps": ..., "num_train_epochs": 2, "ref_cache": False}, False),
     ):
-        printed = run(write_config(overwrite_output_dir=True, **keys))
+        printed = run(write_config(overwrite_output_dir=True, per_device_train_batch_size=6, **keys))
         assert ("Reference cache" in printed) is expected, keys
 
 
 def test_a_cached_full_run_holds_one_model(write_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefkit.train.references.copy", None)  # whoever copies the model fails
-    printed = run(write_config(finetuning_type="full", num_train_epochs=2, max_steps=...))
+    printed = run(write_config(finetuning_type="full", **EACH_ROW_TWICE))
     assert "from the cache (no second model in memory)" in printed
     with pytest.raises(AttributeError, match="deepcopy"):
         run(write_config(finetuning_type="full", overwrite_output_dir=True))
 
 
 @forks
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", rest_is_slow(["lora"], ["full"]))
 def test_two_processes_fill_and_read_one_cache(write_config, tmp_path: Path, tuning: str) -> None:
-    keys = {"max_steps": ..., "num_train_epochs": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    keys = {**EACH_ROW_TWICE, "max_samples": 6, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
     config = write_config(**keys, finetuning_type=tuning)
     printed = {}
     for name, cached in (("without", "false"), ("filled", "true"), ("read", "true")):
         more = [f"output_dir={tmp_path / name}", f"ref_cache={cached}"]
         printed[name] = run_in_two(tmp_path, "train", config, *more)
-    assert "0 of 12 rows found" in printed["filled"] and "12 of 12 rows found" in printed["read"]
+    assert "0 of 6 rows found" in printed["filled"] and "6 of 6 rows found" in printed["read"]
     assert same(tmp_path / "filled", tmp_path / "without") and same(tmp_path / "read", tmp_path / "without")
 
 
@@ -268,7 +285,7 @@ def test_a_wrong_cache_stops_the_run_before_the_first_update(
     write_config, tmp_path: Path, monkeypatch
 ) -> None:
     """The first batch compares policy and reference, wherever the latter comes from."""
-    keys = {"max_steps": ..., "num_train_epochs": 2}
+    keys = EACH_ROW_TWICE
     run(write_config(output_dir=str(tmp_path / "one"), **keys))
     monkeypatch.setattr("prefkit.model.ref_cache.LogpsStore.get", lambda self, key: self._rows[key] - 0.01)
     with pytest.raises(UserError, match="policy and reference must agree"):
@@ -276,7 +293,7 @@ def test_a_wrong_cache_stops_the_run_before_the_first_update(
 
 
 def test_a_killed_run_finds_what_its_checkpoints_kept(write_config, tmp_path: Path, monkeypatch) -> None:
-    keys: dict[str, Any] = {"max_steps": 9, "save_steps": 2, "per_device_train_batch_size": 2}
+    keys: dict[str, Any] = {"max_steps": 7, "save_steps": 4, "per_device_train_batch_size": 2}
     run(write_config(output_dir=str(tmp_path / "whole"), ref_cache=False, **keys))
     original = PrefTrainer.compute_loss
 

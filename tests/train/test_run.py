@@ -19,6 +19,7 @@ from prefkit.objectives.pairwise import LOSSES
 from prefkit.train.trainer import PrefTrainer
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, read, run, same, weights
+from tests.train.test_kills import rest_is_slow
 
 
 def test_results_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,9 @@ def test_first_losses_are_pinned(write_config, tmp_path: Path) -> None:
 PINNED = [0.693147, 0.260097, 0.256606, 0.079311]
 
 
-@pytest.mark.parametrize("extra", [{}, {"pref_bco_weight": 0.5}, {"pref_ftx": 0.5, "ld_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "extra", rest_is_slow([{"pref_bco_weight": 0.5}], [{}, {"pref_ftx": 0.5, "ld_alpha": 0.5}])
+)
 def test_batch_1_x_accumulation_4_is_batch_4(write_config, tmp_path: Path, extra: dict) -> None:
     for name, batch, accumulation in (("a", 4, 1), ("b", 1, 4), ("c", 2, 2)):
         run(

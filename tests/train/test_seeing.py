@@ -25,6 +25,7 @@ from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.seeing import COLOURS, draw, make_seen_rows, save_seeing_model
 from tests.train.forks import forks, run_in_two
 from tests.train.runs import losses, read, run, same, unfinish, weights
+from tests.train.test_kills import rest_is_slow
 
 REWARD = "def reward(prompts, responses):\n    return [-abs(len(text) - 6.0) for text in responses]\n"
 
@@ -97,7 +98,10 @@ def ppo(tmp_path: Path) -> dict[str, Any]:
     return {**PPO, "reward_function": f"{tmp_path / 'reward.py'}:reward"}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+FEW = ("sigmoid", "orpo", "kto_pair")
+
+
+@pytest.mark.parametrize("loss", rest_is_slow(FEW, [loss for loss in LOSSES if loss not in FEW]))
 def test_every_loss_learns_from_pictures(write, tmp_path: Path, loss: str) -> None:
     said = run(write(pref_loss=loss, max_steps=6, num_train_epochs=None))
     assert "a prompt is computed once for its responses" in said
@@ -148,7 +152,7 @@ def test_the_layouts_train_the_same(write, tmp_path: Path) -> None:
 
 
 def test_workers_and_streams_read_the_same_images(write, tmp_path: Path) -> None:
-    keys = {"disable_shuffling": True, "max_steps": 4}
+    keys = {"disable_shuffling": True, "max_steps": 3}
     run(write(**keys))
     found = losses(tmp_path / "out")
     run(write(**keys, dataloader_num_workers=1))
@@ -159,7 +163,7 @@ def test_workers_and_streams_read_the_same_images(write, tmp_path: Path) -> None
 
 def test_a_kept_reference_is_that_of_the_same_picture(write, tmp_path: Path) -> None:
     """The picture of a row is exchanged for another of the same size: nothing kept for it is used."""
-    keys = {"ref_cache": True, "max_steps": 6, "disable_shuffling": True}
+    keys = {"ref_cache": True, "max_steps": 2, "per_device_train_batch_size": 6, "disable_shuffling": True}
     run(write(**keys))
     plain = losses(tmp_path / "out")
     assert "12 of 12 rows found" in run(write(**keys))
@@ -199,7 +203,7 @@ def parts(names: set[str]) -> set[str]:
 ALL_FREE = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
 
 
-@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+@pytest.mark.parametrize("finetuning_type", rest_is_slow(["lora"], ["full"]))
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -366,7 +370,10 @@ def test_a_model_learns_what_only_the_pictures_tell(write, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("video_maxlen", 2), ("video_fps", 1.0), ("video_max_pixels", 784), ("video_min_pixels", 4096)],
+    rest_is_slow(
+        [("video_fps", 1.0), ("video_max_pixels", 784)],
+        [("video_maxlen", 2), ("video_min_pixels", 4096)],
+    ),
 )
 def test_videos_are_taken_as_the_keys_say(write, tmp_path: Path, key: str, value: float) -> None:
     frames = [draw(tmp_path / "data", f"f{i}.png", (40, 32), colour) for i, colour in enumerate(COLOURS)]

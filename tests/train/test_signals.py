@@ -25,6 +25,7 @@ from tests.train.test_kills import COMMON, MORE, STAGES, Lab, lab, rest_is_slow
 pytestmark = FORKS
 __all__ = ["lab"]
 Labs = Callable[[dict[str, Any]], Lab]
+ONE_EPOCH = {"num_train_epochs": 1}  # of six steps
 
 
 def at_step(step: int, do: Callable[[], None]) -> Callable[[], None]:
@@ -49,25 +50,28 @@ def raise_signal(number: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize("number", rest_is_slow(SIGNALS[:2], SIGNALS[2:]))
 def test_a_checkpoint_at_the_next_step_boundary(number: signal.Signals, lab: Labs) -> None:
-    one = lab(STAGES["dpo-sigmoid"])
+    one = lab(STAGES["dpo-sigmoid"] | ONE_EPOCH)
     folder, printed = one.root / "stopped", one.root / "stopped.txt"
-    assert one.start(folder, at_step(5, raise_signal(number))).end() == 128 + number
+    assert one.start(folder, at_step(3, raise_signal(number))).end() == 128 + number
     said = printed.read_text()
     assert f"{number.name}: saving after this step" in said and "Traceback" not in said
-    assert f"Ended by {number.name}. {folder}/checkpoint-5 is saved. To go on from there: the same" in said
-    assert find_newest_checkpoint(folder) == folder / "checkpoint-5"
+    assert f"Ended by {number.name}. {folder}/checkpoint-3 is saved. To go on from there: the same" in said
+    assert find_newest_checkpoint(folder) == folder / "checkpoint-3"
     one.run(folder)
-    assert f"Resuming from {folder}/checkpoint-5." in printed.read_text().replace("\n", "")
+    assert f"Resuming from {folder}/checkpoint-3." in printed.read_text().replace("\n", "")
     assert one.is_same(folder)
 
 
 @pytest.mark.parametrize(
-    "stage, step", rest_is_slow([("hinge", 6), ("orpo", 12)], [("streaming", 3), ("simpo", 8)])
+    "stage, epochs, step",
+    rest_is_slow(
+        [("hinge", 2, 6), ("orpo", 1, 6)], [("orpo", 2, 12), ("streaming", ..., 3), ("simpo", 2, 8)]
+    ),
 )
 def test_at_the_end_of_an_epoch_in_a_stream_beside_an_evaluation_and_in_the_last_step(
-    stage: str, step: int, lab: Labs
+    stage: str, epochs: Any, step: int, lab: Labs
 ) -> None:
-    one = lab((STAGES | MORE)[stage])
+    one = lab((STAGES | MORE)[stage] | {"num_train_epochs": epochs})
     folder = one.root / "stopped"
     assert one.start(folder, at_step(step, raise_signal(signal.SIGTERM))).end() == 143
     assert find_newest_checkpoint(folder) == folder / f"checkpoint-{step}"
@@ -87,10 +91,11 @@ def test_a_run_that_saves_no_checkpoints_saves_this_one(lab: Labs) -> None:
 
 
 def test_the_whole_group_gets_it_and_the_workers_leave_it_to_the_run(lab: Labs) -> None:
-    one = lab(STAGES["simpo"])
+    more = {"save_steps": 2, "load_best_model_at_end": False, "eval_strategy": "no", "eval_dataset": ...}
+    one = lab(STAGES["simpo"] | ONE_EPOCH | more)
     folder = one.root / "stopped"
-    assert one.start(folder, at_step(5, lambda: os.killpg(0, signal.SIGTERM))).end() == 143
-    assert find_newest_checkpoint(folder) == folder / "checkpoint-5"
+    assert one.start(folder, at_step(3, lambda: os.killpg(0, signal.SIGTERM))).end() == 143
+    assert find_newest_checkpoint(folder) == folder / "checkpoint-3"
     one.run(folder)
     assert one.is_same(folder)
 
@@ -101,7 +106,7 @@ def test_the_second_ends_at_once(lab: Labs) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    one = lab(STAGES["dpo-sigmoid"])
+    one = lab(STAGES["dpo-sigmoid"] | ONE_EPOCH)
     folder, started = one.root / "stopped", time.monotonic()
     assert one.start(folder, at_step(5, twice)).end() == 143
     assert time.monotonic() - started < 30
@@ -131,7 +136,7 @@ def interrupt(one: Lab, name: str) -> bool:
 
 
 def test_at_any_instant(lab: Labs) -> None:
-    one = lab(STAGES["dpo-sigmoid"])
+    one = lab(STAGES["dpo-sigmoid"] | ONE_EPOCH)
     for trial in range(2):
         interrupt(one, f"trial-{trial}")
 

@@ -112,7 +112,7 @@ def test_a_run_that_does_not_fit_is_refused_before_the_first_step(
 def test_what_the_old_run_gives_back_counts(
     write_config: Callable[..., Path], free: Callable[[int], None]
 ) -> None:
-    config = write_config(max_steps=4, save_steps=2)
+    config = write_config(save_steps=1)
     run(config)
     free(0)
     assert "may get full" not in run(config, "overwrite_output_dir=true")
@@ -121,8 +121,8 @@ def test_what_the_old_run_gives_back_counts(
 def test_what_is_not_certain_is_a_warning(
     write_config: Callable[..., Path], free: Callable[[int], None], tmp_path: Path
 ) -> None:
-    """Twelve checkpoints are not certain: somebody may remove some, and two must fit."""
-    config = write_config(max_steps=12, save_steps=1)
+    """Six checkpoints are not certain: somebody may remove some, and two must fit."""
+    config = write_config(max_steps=6, save_steps=1)
     told = "Warning: the disk of"
     assert told not in run(config)
     size = sum(
