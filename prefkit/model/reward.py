@@ -189,7 +189,6 @@ def _fp32_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
 def attach_scores_forward(model: PreTrainedModel) -> None:
     """Give a reward model a forward that returns `{"scores": (N,)}` in fp32 when called with `last`, flat
     positions (N,) in the batch. No logits are computed. Called without, it is the model's own."""
-    compute_in_fp32(cast(nn.Module, getattr(model, HEAD)))
     model.forward = MethodType(_scores_forward, model)
 
 
@@ -202,8 +201,8 @@ def _scores_forward(self: PreTrainedModel, *args: Any, last: Tensor | None = Non
 def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Scores, (N,) in fp32, read at the flat positions `last` (N,) of what the decoder makes of `inputs`.
 
-    The head computes in fp32, whatever it is held in and mixed precision does below it: a score in bfloat16
-    has three digits.
+    The head computes in the numbers that it is held in, whatever mixed precision does below it: a score in
+    bfloat16 has three digits.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     pixels = given.pop("pixels", ())
@@ -212,7 +211,7 @@ def scores_at(model: PreTrainedModel, last: Tensor, inputs: Mapping[str, Any]) -
     hidden = output.last_hidden_state.flatten(0, 1)[last]
     head: Any = model.score
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = cast("Tensor", head(hidden)[:, 0].float())
+        scores = cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
     return scores if (idle := idle_weights(model, pixels)) is None else scores + idle
 
 

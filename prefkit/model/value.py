@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prefkit.files import fsync
 from prefkit.model.adapter import base_of
 from prefkit.model.errors import ModelError
-from prefkit.model.reward import VALUE_HEAD, compute_in_fp32
+from prefkit.model.reward import VALUE_HEAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,6 @@ def add_value_head(policy: nn.Module) -> nn.Linear:
     head = nn.Linear(hidden, 1, dtype=torch.float32, device=base.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    compute_in_fp32(head)
     base.add_module(NAME, head)
     ignored: Any = base
     ignored._keys_to_ignore_on_save = [
@@ -57,7 +56,7 @@ def values_at(model: PreTrainedModel, hidden: Tensor) -> Tensor | None:
     if head is None:
         return None
     with torch.autocast(hidden.device.type, enabled=False):
-        return cast("Tensor", head(hidden)[:, 0].float())
+        return cast("Tensor", head(hidden.to(head.weight.dtype))[:, 0].float())
 
 
 def save_value_head(policy: nn.Module, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:

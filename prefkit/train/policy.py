@@ -22,9 +22,17 @@ from prefkit.model.partitioned import size_of
 from prefkit.model.partners import judged_logps
 from prefkit.model.policy import LogpsOf, response_logps
 from prefkit.model.probe import verify
-from prefkit.model.reward import VALUE_HEAD, check_head, is_reward_model, load_reward_base
+from prefkit.model.reward import (
+    HEAD,
+    VALUE_HEAD,
+    check_head,
+    compute_in_fp32,
+    is_reward_model,
+    load_reward_base,
+)
 from prefkit.model.reward_model import read_score_probe, verify_scores
 from prefkit.model.tuning import prepare_for_training, set_one_dtype
+from prefkit.model.value import NAME as VALUE_NAME
 from prefkit.model.value import add_value_head, load_value_head
 from prefkit.model.vision import PARTS
 from prefkit.train.strategy import Strategy
@@ -99,10 +107,19 @@ def build_policy(
         _add_value_head(model, config, say)
         if one_dtype is not None:
             set_one_dtype(model, one_dtype)
+    _keep_heads_exact(base_of(model), one_dtype)
     layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say, has_images)
     policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
     _tell_weights(policy, say)
     return policy
+
+
+def _keep_heads_exact(base: PreTrainedModel, one_dtype: torch.dtype | None) -> None:
+    """Where all weights have one number format, heads for scores and values still compute in fp32."""
+    heads = [getattr(base, name, None) for name in (HEAD, VALUE_NAME)]
+    for head in heads if one_dtype is not None else ():
+        if head is not None:
+            compute_in_fp32(head)
 
 
 def _refuse_reward_models(adapters: Sequence[str]) -> None:

@@ -120,7 +120,7 @@ class ReferenceBuilder:
     def _copy_policy(self) -> nn.Module:
         """The policy as it is before training; read once more where no process has it whole."""
         if any(map(is_partitioned, self.policy.model.parameters())):
-            return self._read_model(self.config.model, ())
+            return self._read_model(self.config.model, (), "model_name_or_path")
         copied: nn.Module = copy.deepcopy(self.policy.model)
         return copied
 
@@ -135,10 +135,10 @@ class ReferenceBuilder:
     def _load_model(self) -> FrozenModel:
         """The model that `ref_model` names, its adapters merged. Raises `UserError` where it does not fit."""
         model_config = replace(_ref_model_config(self.config), batch_layout=self.policy.layout)
-        model = self._read_model(model_config, self.config.reference.ref_model_adapters)
+        model = self._read_model(model_config, self.config.reference.ref_model_adapters, "ref_model")
         return FrozenModel(model, self._model_name(), False, self._autocast)
 
-    def _read_model(self, model_config: ModelConfig, adapters: Sequence[str]) -> nn.Module:
+    def _read_model(self, model_config: ModelConfig, adapters: Sequence[str], key: str) -> nn.Module:
         longest = self.config.longest_row
         model = load_causal_lm(model_config, longest)
         fit_vocabulary(model, self.tokenizer, model_config)
@@ -146,7 +146,7 @@ class ReferenceBuilder:
         try:
             prepare_for_batches(model, model_config, longest, lambda text: None, self.policy.has_images)
         except UserError as error:
-            raise UserError(f"the reference: {error}; write batch_layout: repeat") from error
+            raise UserError(f"{key}: {error}; write batch_layout: repeat") from error
         if self.strategy.one_dtype is not None:
             set_one_dtype(model, self.strategy.one_dtype)
         return model

@@ -32,6 +32,7 @@ from prefkit.train.checkpoint import (
     remove_leftovers,
     verify_checkpoint,
 )
+from prefkit.train.strategy import Replicated
 from tests.train.faults import KILLED, die_at, in_child
 from tests.train.forks import forks
 
@@ -43,6 +44,10 @@ class TinyTrainer(PickleFreeCheckpoints, Trainer):
     """Draws from every generator in each step and keeps a count as the state of its stage."""
 
     batches = 0
+
+    @property
+    def strategy(self) -> Replicated:  # type: ignore[override]
+        return Replicated(self.args)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.batches += 1
