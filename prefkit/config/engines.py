@@ -67,6 +67,11 @@ def zero_stage(v: SimpleNamespace) -> int | None:
     return stage_of(v.deepspeed)
 
 
+def has_own_optimizer(v: SimpleNamespace) -> bool:
+    """Whether the settings of DeepSpeed name an optimiser."""
+    return bool(zero_stage(v)) and "optimizer" in read_deepspeed(v.deepspeed)
+
+
 def splits_weights(v: SimpleNamespace) -> bool:
     """Whether no process holds the whole model."""
     return bool(v.fsdp) or zero_stage(v) == 3

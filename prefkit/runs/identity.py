@@ -20,6 +20,7 @@ from prefkit.config.schema import keys_of
 from prefkit.data.dataset import RunData
 from prefkit.data.rows import template_facts
 from prefkit.data.template import ChatTemplate
+from prefkit.objectives.pairwise import LOSSES
 from prefkit.runs.record import CONFIG_FILE, library_versions
 
 RUN_FILE = "run.json"
@@ -33,8 +34,9 @@ MAY_CHANGE = {
     *("reward_timeout", "reward_retries"),
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),
 }
-_MAY_DIFFER = ("machine", "reward function")
-_DERIVED = {"warmup_ratio"}  # it is in warmup_steps
+_MAY_DIFFER = ("machine", "processes", "reward function")
+# What other parts of the identity say: warmup_steps, and the rows of a step.
+_DERIVED = {"warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps"}
 _WAY_OUT = (
     "A resumed run would be another. Put it back as it was; or go on from its weights in another output_dir "
     "with adapter_name_or_path or model_name_or_path; or write overwrite_output_dir: true to start afresh.\n"
@@ -60,6 +62,7 @@ def identify(
         "template": template_facts(template),
         "model": dict(models),
         "prefkit": {"version": versions.pop("prefkit")},
+        "step": _rows_of_step(config, num_processes),
         "processes": {"number": num_processes},
         # Other libraries or threads may round otherwise; the run stays what it is.
         "machine": {**versions, "threads": torch.get_num_threads()},
@@ -113,6 +116,17 @@ def check_same_config(place: Path, config: RunConfig) -> None:
     if changed := list(_differences(old, new, "config")):
         lines = "\n  ".join(changed)
         raise UserError(f"output_dir: {place} holds a run of another config:\n  {lines}\n{_WAY_OUT}")
+
+
+def _rows_of_step(config: RunConfig, num_processes: int) -> dict[str, int]:
+    """How many rows an optimiser step has, on all processes together; also a micro-batch, where the loss
+    takes a number from all of it."""
+    micro = num_processes * int(config.value("per_device_train_batch_size"))
+    rows = {"rows": micro * int(config.value("gradient_accumulation_steps"))}
+    method = config.method
+    if method.stage == "kto" or (method.stage == "dpo" and LOSSES[method.pref_loss].needs_batch_kl):
+        rows["rows of a micro-batch"] = micro
+    return rows
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:

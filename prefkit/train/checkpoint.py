@@ -269,6 +269,9 @@ class PickleFreeCheckpoints(Trainer):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take back what `own_state` of the same process gave, before the first resumed step."""
 
+    def load_own_states(self, states: list[dict[str, Any]]) -> None:
+        """Take back what `own_state` gave on each of another number of processes."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, on request from a verified checkpoint. Raises CheckpointError if it is not whole."""
         self._started = time.time()
@@ -463,19 +466,37 @@ class PickleFreeCheckpoints(Trainer):
         self._resume_from = None
         if self.args.should_save:  # what a kill between a save and its rotation left
             self._rotate(Path(str(self.args.output_dir)), Path(checkpoint))
-        with _blame(path := Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
-            states = _read_json(path)
-            if states["world_size"] != self.args.world_size:
-                raise ValueError(f"saved by {states['world_size']} processes, not {self.args.world_size}")
-            self._started -= states["seconds"]
-            self._tr_loss.fill_(states["loss"])
-            self.load_own_state(states["own"])
+        saved = self._read_ranks(Path(checkpoint))
+        own = saved[min(self.args.process_index, len(saved) - 1)]
+        with _blame(Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
+            self._started -= own["seconds"]
+            # Logged as the mean over processes.
+            self._tr_loss.fill_(sum(one["loss"] for one in saved) / len(saved))
             for name in LOSS_COUNTERS:
-                setattr(self, name, states[name])
-            random.setstate(states["python"])
-            np.random.set_state(states["numpy"])
-            for name, generator in _torch_generators(self.args.device).items():
-                generator.set_rng_state(torch.tensor(states[name], dtype=torch.uint8))
+                setattr(self, name, own[name])
+            if len(saved) == self.args.world_size:
+                self._tr_loss.fill_(own["loss"])
+                self.load_own_state(own["own"])
+            else:
+                self.load_own_states([one["own"] for one in saved])
+            if self.args.process_index < len(saved):
+                self._set_generators(own)
+
+    def _read_ranks(self, folder: Path) -> list[dict[str, Any]]:
+        """What each process has saved of itself."""
+        found: list[dict[str, Any]] = []
+        number = 1
+        while len(found) < number:
+            with _blame(path := folder / f"rng_state_{len(found)}.json"):
+                found.append(_read_json(path))
+                number = found[0]["world_size"]
+        return found
+
+    def _set_generators(self, states: dict[str, Any]) -> None:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        for name, generator in _torch_generators(self.args.device).items():
+            generator.set_rng_state(torch.tensor(states[name], dtype=torch.uint8))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train for an epoch, unless no step is left: the Trainer would take one upon the last checkpoint."""

@@ -364,6 +364,19 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             for part in ("window", "largest")
         )
 
+    def load_own_states(self, states: list[dict[str, Any]]) -> None:
+        """Take back the sums of other processes: the first process has them all."""
+        merged: dict[str, dict[str, Any]] = {"window": {}, "largest": {}}
+        for state in states:
+            for name, value in state["window"].items():
+                before = merged["window"].get(name, [0.0, 0.0])
+                merged["window"][name] = [a + b for a, b in zip(before, value, strict=True)]
+            for name, value in state["largest"].items():
+                merged["largest"][name] = max(value, merged["largest"].get(name, value))
+        if not self.is_world_process_zero():
+            merged["window"] = {name: [0.0, 0.0] for name in merged["window"]}
+        self.load_own_state(merged)
+
     def _record(self, inputs: dict[str, Any], output: StageOutput) -> None:
         """Add metrics to the sums and counts of the step."""
         self.guard.see(_seen(inputs, output))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # File of tests -> function -> the keys that it observes.
 _TESTS: dict[str, dict[str, str]] = {
     "tests/config/test_checks.py": {
-        "test_error": "label_smoothing_factor neftune_noise_alpha deepspeed fsdp",
+        "test_error": "label_smoothing_factor neftune_noise_alpha",
     },
     "tests/config/test_secrets.py": {
         "test_secrets_are_refused_and_never_shown": "hub_token",
@@ -51,6 +51,9 @@ _TESTS: dict[str, dict[str, str]] = {
         "test_what_is_fetched_is_what_was_asked_for": "model_revision cache_dir trust_remote_code",
         "test_dtype_is_that_of_the_checkpoint_unless_given": "model_name_or_path dtype",
         "test_how_weights_are_quantised": "quantization_type double_quantization",
+    },
+    "tests/train/test_engines.py": {
+        "test_two_processes_are_one_with_twice_the_batch": "deepspeed fsdp",
     },
     "tests/train/test_seeing.py": {
         "test_frozen_parts_stay_as_they_are": (

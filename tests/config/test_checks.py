@@ -19,6 +19,8 @@ BASE = {
     "output_dir": "out",
 }
 
+TWO = "deepspeed: {zero_optimization: {stage: 2}}\n"
+THREE = "deepspeed: {zero_optimization: {stage: 3}}\n"
 JUDGED = "stage: ppo\nreward_model: r\n"
 EACH = "eval_dataset: a,b\neval_on_each_dataset: true\n"
 BROKEN = {
@@ -118,7 +120,21 @@ BROKEN = {
     "checkpointing": "disable_gradient_checkpointing: true\ngradient_checkpointing: true",
     "checkpointing_alias": "gradient_checkpointing: true\nactivation_checkpointing: false",
     "deepspeed": "deepspeed: ds.json",
-    "fsdp": "fsdp: full_shard",
+    "fsdp": "fsdp: hybrid_shard",
+    "two_engines": f"{TWO}fsdp: full_shard",
+    "deepspeed_untrained": f"{TWO}do_train: false\nadapter_name_or_path: a\ndo_eval: true\neval_dataset: h",
+    "deepspeed_bf16": f"{TWO}bf16: true\npure_bf16: true",
+    "deepspeed_dtype": f"{TWO}dtype: bfloat16",
+    "engine_optimizer": f"{TWO}optim: adafactor",
+    "engine_loraplus": "deepspeed: {optimizer: {type: Adam}, zero_optimization: {stage: 2}}\n"
+    "loraplus_lr_ratio: 16",
+    "split_quantized": f"{THREE}quantization_bit: 4",
+    "split_ref_quantized": f"{THREE}ref_model: r\nref_model_quantization_bit: 4",
+    "split_pissa": f"{THREE}pissa_init: true",
+    "split_merges": f"{THREE}adapter_name_or_path: a,b",
+    "split_tokens": f"{THREE}resize_vocab: true",
+    "split_reward_adapter": f"{JUDGED}{THREE}",
+    "split_vllm": f"{JUDGED}{THREE}reward_model_type: full\nrollout_engine: vllm",
     "prefetch_without_workers": "dataloader_prefetch_factor: 2",
 }
 
@@ -225,7 +241,8 @@ def test_error(load, row):
     with pytest.raises(ConfigError) as caught:
         load(BROKEN[row.name])
     (problem,) = caught.value.problems
-    assert problem.startswith(row.keys[0] + ": " + row.message.partition("{")[0])
+    message = row.message if isinstance(row.message, str) else ""
+    assert problem.startswith(row.keys[0] + ": " + message.partition("{")[0])
     assert "{" not in problem
 
 

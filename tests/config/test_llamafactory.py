@@ -34,7 +34,8 @@ ROWS = {
     "a new or a second adapter upon a quantised model": ["quantization_adapters"],
     "training without dataset": ["dataset_missing"],
     "do_eval or do_predict without held-out rows": ["held_out_missing", "nothing_to_do"],
-    "DeepSpeed rules: launching, pure_bf16, GaLore": ["deepspeed"],
+    "pure_bf16 with DeepSpeed": ["deepspeed_bf16"],
+    "GaLore and other optimisers with DeepSpeed": ["engine_optimizer"],
 }
 # What is not allowed there -> the keys that are refused here whatever stands beside them.
 REFUSED = {

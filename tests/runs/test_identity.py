@@ -21,6 +21,7 @@ IDENTITY: dict[str, Any] = {
     "template": {"chat template": "b" * 24, "tokenizer": "c" * 24},
     "model": {"models/tiny": "d" * 64},
     "prefkit": {"version": "1.0"},
+    "step": {"rows": 2},
     "processes": {"number": 1},
     "machine": {"torch": "2.13.0", "threads": 1},
 }
@@ -45,7 +46,7 @@ def test_the_same_run_goes_on(checkpoint: Path) -> None:
         ("template", "chat template", "e" * 24, "\n  template chat template: bbbbbbbbbbbb... -> "),
         ("model", "models/tiny", "e" * 64, "\n  model models/tiny: dddddddddddd... -> "),
         ("prefkit", "version", "1.1", "\n  prefkit version: 1.0 -> 1.1\n"),
-        ("processes", "number", 2, "\n  processes number: 1 -> 2\n"),
+        ("step", "rows", 4, "\n  step rows: 2 -> 4\n"),
     ],
 )
 def test_another_run_is_refused_with_the_difference(
@@ -70,6 +71,10 @@ def test_another_machine_is_only_named(checkpoint: Path) -> None:
         "machine torch: 2.13.0 -> 2.14.0",
         "machine threads: 1 -> 4",
     ]
+
+
+def test_another_number_of_processes_is_only_named(checkpoint: Path) -> None:
+    assert check_same_run(checkpoint, IDENTITY | {"processes": {"number": 2}}) == ["processes number: 1 -> 2"]
 
 
 def test_a_checkpoint_without_identity_is_no_checkpoint_of_this_run(tmp_path: Path) -> None:

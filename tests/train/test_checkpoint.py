@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -435,10 +434,11 @@ def test_nothing_starts_afresh_for_want_of_a_file(
             trained._load_rng_state(str(folder))
 
 
-def test_another_number_of_processes_is_an_error(copied: Callable[..., Path], trained: TinyTrainer) -> None:
+def test_the_state_of_a_process_is_missed(copied: Callable[..., Path], trained: TinyTrainer) -> None:
+    """Also by a run of fewer processes, which takes the sums of all."""
     path = copied(3) / "checkpoint-3" / "rng_state_0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 2}))
-    with pytest.raises(CheckpointError, match="saved by 2 processes, not 1"):
+    with pytest.raises(CheckpointError, match=r"rng_state_1\.json"):
         trained._load_rng_state(str(path.parent))
 
 
@@ -662,13 +662,6 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     flip(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="was changed"):
         trainer._load_best_model()
-
-
-def test_engines_are_refused(trained: TinyTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(trained.accelerator), "distributed_type", DistributedType.FSDP)
-    with pytest.raises(NotImplementedError, match="FSDP"):
-        trained._save_checkpoint(trained.model, None)
-    assert not list(Path(trained.args.output_dir).iterdir())
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from prefkit.train.dpo import DpoStage
+from prefkit.train.ppo import PpoStage
 from tests.conftest import make_model, make_tokenizer
 from tests.train.engines import KEYS, use_fsdp_on_cpu
-from tests.train.forks import FORKS, Fork, two_ranks
+from tests.train.forks import FORKS, Fork, command, two_ranks
 from tests.train.runs import losses, read, run, unfinish, weights
 
 pytestmark = FORKS
@@ -74,6 +77,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_two_processes_are_one_with_twice_the_batch(
     engine: str, stage: str, tuning: str, write_config: Write, tmp_path: Path
 ) -> None:
+    """Under each setting of `deepspeed` and `fsdp`."""
     keys = {**STAGES[stage], **TUNINGS[tuning], "max_steps": 3, "do_eval": True, "save_steps": 2}
     run(write_config(per_device_train_batch_size=2, output_dir=str(tmp_path / "one"), **keys))
     two = write_config(
@@ -189,3 +193,72 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(
     after = weights(tmp_path / "out")
     assert losses(tmp_path / "out") == logged
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "keys", [STAGES["dpo"], {**STAGES["rm"], "finetuning_type": "full"}], ids=["dpo", "rm"]
+)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_another_number_of_processes_goes_on(
+    engine: str, keys: dict[str, Any], write_config: Write, tmp_path: Path
+) -> None:
+    """As long as a step has as many rows; it is said."""
+    given = {**keys, **KEYS[engine], "max_steps": 4, "save_steps": 1, "logging_steps": 4, "warmup_steps": 2}
+    one = [write_config(**given), "per_device_train_batch_size=2"]
+    alone = Fork(tmp_path / "whole.txt", on(engine, command("train", *one, f"output_dir={tmp_path / 'one'}")))
+    assert alone.end() == 0, alone.printed()
+    run_on(engine, tmp_path, one[0], "per_device_train_batch_size=1")
+    unfinish(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    rest = Fork(tmp_path / "rest.txt", on(engine, command("train", *one)))
+    assert rest.end() == 0, rest.printed()
+    assert "since there changed: processes number: 2 -> 1" in rest.printed()
+    assert_same(tmp_path / "one", tmp_path / "out")
+
+
+def _keep_digits(stage: Any) -> None:
+    """Let a stage look at the log-probs of its batches: none may have been rounded to bfloat16 on the way."""
+    own = stage.compute
+
+    def compute(self: Any, model: Any, batch: dict[str, Any]) -> Any:
+        output = own(self, model, batch)
+        found = [*output.reference.values(), *batch.get("drawn", {}).values()]
+        found = [it for it in found if it.is_floating_point() and it.abs().max() > 1]
+        assert found and all(it.dtype == torch.float32 for it in found)
+        assert any((it.bfloat16().float() != it).any() for it in found)
+        return output
+
+    stage.compute = compute
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_log_probs_keep_their_digits_in_bfloat16(
+    engine: str, stage: str, write_config: Write, tmp_path: Path
+) -> None:
+    """Those of some -300 are whole numbers in bfloat16: the loss starts at its known value, and a rollout at a
+    ratio of 1."""
+    keys = {"dpo": STAGES["dpo"], "ppo": PPO | {"temperature": 5.0, "max_new_tokens": 64, "ppo_epochs": 1}}[
+        stage
+    ]
+
+    def work(rank: Callable[[], Any]) -> Callable[[], Any]:
+        def spied() -> Any:
+            _keep_digits(DpoStage if stage == "dpo" else PpoStage)
+            return rank()
+
+        return spied
+
+    config = write_config(**{**keys, **KEYS[engine]}, bf16=True, per_device_train_batch_size=1)
+    ranks = [
+        Fork(tmp_path / f"rank-{rank}.txt", on(engine, work(arguments["work"])))
+        for rank, arguments in enumerate(two_ranks("train", config))
+    ]
+    assert [rank.kill_after(_PATIENCE) for rank in ranks] == [0, 0], ranks[0].printed() + ranks[1].printed()
+    (first, *_) = (
+        line for line in read(tmp_path / "out/trainer_state.json")["log_history"] if "loss" in line
+    )
+    if stage == "dpo":
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert first["ppo/ratio_max"] == pytest.approx(1.0, abs=5e-2)
