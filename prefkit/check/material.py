@@ -17,7 +17,7 @@ from prefkit.data.ledger import Ledger
 from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
 from prefkit.model.vision import load_template
-from prefkit.train.arguments import make_training_arguments
+from prefkit.train.arguments import make_training_arguments, without_engine
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -59,7 +59,11 @@ def read_material(loaded: LoadedConfig[RunConfig], say: Say) -> Material:
     """Read it; `say` is told what takes time. Raises `UserError` for whatever would stop the training as
     well."""
     config = loaded.config
-    args = make_training_arguments(config)
+    if config.training.get("deepspeed") or config.training.get("fsdp"):
+        say(
+            "What is told of memory is that of one process that splits nothing; docs/scaling.md has the rest."
+        )
+    args = make_training_arguments(without_engine(config))
     template = load_template(config.model, config.data)
     say("Reading the data ...")
     data = load_data(config, template, args.seed, say, lambda items, title: items)

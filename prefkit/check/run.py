@@ -29,7 +29,7 @@ from prefkit.config.schema import RunConfig
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.ledger import Ledger
 from prefkit.data.streaming import StreamedRows
-from prefkit.train.arguments import make_training_arguments
+from prefkit.train.arguments import make_training_arguments, without_engine
 from prefkit.train.judges import check_judges
 from prefkit.train.references import wants_cache
 
@@ -208,7 +208,7 @@ def _estimate(material: Material, models: Models, budget: int | None, say: Say) 
         if changed == config:
             return estimate.total
         say(f"Rehearsing with {describe_change(config, changed)} ...")
-        other_args = make_training_arguments(changed)
+        other_args = make_training_arguments(without_engine(changed))
         other = build_models(changed, other_args, vocabulary, len(rows), has_images)
         cut = [_cut(row, changed.data.cutoff_len) for row in rows]
         own = largest_batch(cut, other_args.per_device_train_batch_size, other.layout)

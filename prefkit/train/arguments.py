@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from prefkit.config.engines import stage_of
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
+from prefkit.train import fully_sharded
+from prefkit.train.strategy import wants_fsdp
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -79,11 +82,11 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         from prefkit.train.zero import start_deepspeed
 
         start_deepspeed(on_cpu=not has_accelerator)
+    if given.get("fsdp") or wants_fsdp(os.environ):
+        fully_sharded.check_fsdp(has_accelerator, int(os.environ.get("WORLD_SIZE", "1")))
+        fully_sharded.check_accelerate_config(os.environ)
     if given.get("fsdp"):
-        from prefkit.train.fully_sharded import check_fsdp, settings_of_fsdp
-
-        check_fsdp(has_accelerator, int(os.environ.get("WORLD_SIZE", "1")))
-        given["fsdp_config"] = settings_of_fsdp(given.get("fsdp_config"), given["fsdp"])
+        given["fsdp_config"] = fully_sharded.settings_of_fsdp(given.get("fsdp_config"), given["fsdp"])
     try:
         args = TrainingArguments(**{**given, **_FIXED, "use_cpu": not has_accelerator})
     except (ValueError, ImportError) as error:
@@ -110,6 +113,13 @@ def _check_accelerator(args: TrainingArguments) -> None:
             "by their cost, each once, in an order drawn by data_seed: remove it. "
             "per_device_train_batch_size is that of one process."
         )
+
+
+def without_engine(config: RunConfig) -> RunConfig:
+    """The config for one process that splits nothing among others."""
+    engines = {"deepspeed", "fsdp", "fsdp_config"}
+    kept = {name: value for name, value in config.training.items() if name not in engines}
+    return replace(config, training=kept)
 
 
 def _check_trackers(report_to: str | list[str] | None) -> None:

@@ -3,6 +3,7 @@ https://arxiv.org/abs/2304.11277)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prefkit.config.errors import UserError
-from prefkit.train.strategy import MASTER, States, autocast
+from prefkit.train.strategy import MASTER, States, autocast, wants_fsdp
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -37,6 +38,14 @@ def check_fsdp(has_accelerator: bool, num_processes: int) -> None:
             "fsdp: splits weights among several processes, and this is one: start it with "
             "FORCE_TORCHRUN=1 NPROC_PER_NODE=..., or remove it"
         )
+
+
+def check_accelerate_config(environment: Mapping[str, str]) -> None:
+    """Raises `UserError` where `accelerate launch` was given settings of FSDP that are not taken."""
+    if wants_fsdp(environment) and environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate's config asks for FSDP1: write fsdp_version: 2 in it")
+    if environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise UserError("accelerate's config: write fsdp_cpu_ram_efficient_loading: false in it")
 
 
 class FullySharded:

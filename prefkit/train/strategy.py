@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -149,16 +149,16 @@ def choose_strategy(args: TrainingArguments) -> Strategy:
         from prefkit.train.zero import Zero
 
         return Zero(args)
-    if uses_fsdp(args):
+    if args.fsdp or wants_fsdp(os.environ):
         from prefkit.train.fully_sharded import FullySharded
 
         return FullySharded(args)
     return Replicated(args)
 
 
-def uses_fsdp(args: TrainingArguments) -> bool:
-    """Whether weights are split by FSDP, as the YAML or `accelerate launch` says."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on")
+def wants_fsdp(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` says that weights are split by FSDP."""
+    return environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on")
 
 
 def autocast(args: TrainingArguments, dtype: torch.dtype) -> AbstractContextManager[Any]:

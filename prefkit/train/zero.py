@@ -30,11 +30,14 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def start_deepspeed(on_cpu: bool) -> None:
     """Get ready for the `deepspeed` of a YAML, before weights are read: a process that no launcher has
     started becomes a group of one. Raises `UserError` where DeepSpeed is not installed."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it has found none
     try:
         import deepspeed
     except ImportError as error:
         raise UserError(f"deepspeed: not installed ({error}): pip install 'prefkit[deepspeed]'") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "accelerate.accelerator"):  # the latter of accumulation, which the Trainer does
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

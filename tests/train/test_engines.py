@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 
 from prefkit.train.dpo import DpoStage
 from prefkit.train.ppo import PpoStage
+from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model, make_tokenizer
 from tests.train.engines import KEYS, use_fsdp_on_cpu
 from tests.train.forks import FORKS, Fork, command, two_ranks
@@ -34,6 +38,16 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full"},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
 }
+
+
+def cases(names: Sequence[str], values: Sequence[Iterable[str]], *quick: str) -> pytest.MarkDecorator:
+    """All combinations of values as parameters, of which all but the `quick` ones are slow."""
+    found = [(one, "-".join(one)) for one in itertools.product(*values)]
+    assert {*quick} <= {name for _, name in found}
+    rows = [
+        pytest.param(*one, id=name, marks=() if name in quick else pytest.mark.slow) for one, name in found
+    ]
+    return pytest.mark.parametrize(tuple(names), rows)
 
 
 def on(engine: str, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -71,9 +85,12 @@ def assert_same(one: Path, other: Path) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", KEYS)
+@cases(
+    ("engine", "stage", "tuning"),
+    [KEYS, STAGES, TUNINGS],
+    *("zero1-kto-freeze", "zero2-dpo-lora", "zero3-dpo-full", "zero3-kto-lora", "zero3-rm-lora"),
+    *("fsdp-dpo-lora", "fsdp-rm-full"),
+)
 def test_two_processes_are_one_with_twice_the_batch(
     engine: str, stage: str, tuning: str, write_config: Write, tmp_path: Path
 ) -> None:
@@ -105,8 +122,7 @@ PPO = {
 }
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("engine", SPLIT)
+@cases(("engine", "tuning"), [SPLIT, ["lora", "full"]], "zero3-lora", "fsdp-lora")
 def test_ppo_draws_and_learns_the_same(engine: str, tuning: str, write_config: Write, tmp_path: Path) -> None:
     keys = {**PPO, **TUNINGS[tuning], "per_device_train_batch_size": 2}
     run_on("ddp", tmp_path, write_config(**keys, output_dir=str(tmp_path / "one")))
@@ -129,8 +145,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+@cases(
+    ("engine", "reference"),
+    [["zero2", "zero3", "fsdp"], REFERENCES],
+    *("zero3-second model", "zero3-cache", "zero3-trained head", "fsdp-named", "fsdp-samples"),
+)
 def test_each_reference(
     engine: str, reference: str, write_config: Write, tmp_path: Path, other_model: Path
 ) -> None:
@@ -164,15 +183,15 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "keys", [STAGES["dpo"], {**STAGES["rm"], "finetuning_type": "full"}, PPO], ids=["dpo", "rm", "ppo"]
-)
-@pytest.mark.parametrize("engine", SPLIT)
+RUNS = {"dpo": STAGES["dpo"], "rm": {**STAGES["rm"], "finetuning_type": "full"}, "ppo": PPO}
+
+
+@cases(("engine", "stage"), [SPLIT, RUNS], "zero2-dpo", "zero3-ppo", "fsdp-rm")
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(
-    engine: str, keys: dict[str, Any], write_config: Write, tmp_path: Path
+    engine: str, stage: str, write_config: Write, tmp_path: Path
 ) -> None:
     given = {
-        **keys,
+        **RUNS[stage],
         "max_steps": 4,
         "save_steps": 1,
         "lora_dropout": 0.1,
@@ -195,15 +214,19 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    "keys", [STAGES["dpo"], {**STAGES["rm"], "finetuning_type": "full"}], ids=["dpo", "rm"]
-)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@cases(("engine", "stage"), [["ddp", "zero2", "zero3"], ["dpo", "rm"]], "ddp-dpo", "zero3-rm")
 def test_another_number_of_processes_goes_on(
-    engine: str, keys: dict[str, Any], write_config: Write, tmp_path: Path
+    engine: str, stage: str, write_config: Write, tmp_path: Path
 ) -> None:
     """As long as a step has as many rows; it is said."""
-    given = {**keys, **KEYS[engine], "max_steps": 4, "save_steps": 1, "logging_steps": 4, "warmup_steps": 2}
+    given = {
+        **RUNS[stage],
+        **KEYS[engine],
+        "max_steps": 4,
+        "save_steps": 1,
+        "logging_steps": 4,
+        "warmup_steps": 2,
+    }
     one = [write_config(**given), "per_device_train_batch_size=2"]
     alone = Fork(tmp_path / "whole.txt", on(engine, command("train", *one, f"output_dir={tmp_path / 'one'}")))
     assert alone.end() == 0, alone.printed()
@@ -231,16 +254,14 @@ def _keep_digits(stage: Any) -> None:
     stage.compute = compute
 
 
-@pytest.mark.parametrize("stage", ["dpo", "ppo"])
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+@cases(("engine", "stage"), [["zero2", "zero3", "fsdp"], ["dpo", "ppo"]], "zero2-ppo", "fsdp-dpo")
 def test_log_probs_keep_their_digits_in_bfloat16(
     engine: str, stage: str, write_config: Write, tmp_path: Path
 ) -> None:
-    """Those of some -300 are whole numbers in bfloat16: the loss starts at its known value, and a rollout at a
-    ratio of 1."""
-    keys = {"dpo": STAGES["dpo"], "ppo": PPO | {"temperature": 5.0, "max_new_tokens": 64, "ppo_epochs": 1}}[
-        stage
-    ]
+    """Those of some -300 are whole numbers in bfloat16: the loss starts at its known value, and a rollout at
+    a ratio of 1."""
+    drawing = {"temperature": 5.0, "max_new_tokens": 64, "ppo_epochs": 1}
+    keys = STAGES["dpo"] if stage == "dpo" else PPO | drawing
 
     def work(rank: Callable[[], Any]) -> Callable[[], Any]:
         def spied() -> Any:
@@ -262,3 +283,39 @@ def test_log_probs_keep_their_digits_in_bfloat16(
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     else:
         assert first["ppo/ratio_max"] == pytest.approx(1.0, abs=5e-2)
+
+
+def _die_in_third_step() -> None:
+    own = PrefTrainer.training_step
+
+    def step(self: PrefTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, *args, **kwargs)
+
+    PrefTrainer.training_step = step  # type: ignore[method-assign]
+
+
+@cases(("engine",), [["ddp", *SPLIT]], "zero3")
+def test_a_rank_is_killed(engine: str, write_config: Write, tmp_path: Path) -> None:
+    """The other ends by itself; the same command goes on, and ends with the bits of a run in one go."""
+    keys = {**KEYS[engine], "max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 1}
+    config = write_config(**keys)
+    run_on(engine, tmp_path, config, f"output_dir={tmp_path / 'whole'}")
+
+    def dying(work: Callable[[], Any]) -> Callable[[], Any]:
+        def rank() -> Any:
+            _die_in_third_step()
+            return work()
+
+        return on(engine, rank)
+
+    first, second = two_ranks("train", config)
+    ranks = [Fork(tmp_path / "0.txt", on(engine, **first)), Fork(tmp_path / "1.txt", dying(**second))]
+    codes = [rank.kill_after(_PATIENCE) for rank in ranks]
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    run_on(engine, tmp_path, config)
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
