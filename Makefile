@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 
-.PHONY: setup demo demo-ppo test test-slow lint clean
+.PHONY: setup demo demo-ppo test test-slow test-gpu lint clean
 
 setup: .venv/ready
 
@@ -42,6 +42,10 @@ test: lint $(MODEL)
 
 test-slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with two GPUs or more, and torch for them in .venv.
+test-gpu: setup $(MODEL)
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 clean:
 	rm -rf .venv models saves

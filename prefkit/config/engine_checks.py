@@ -63,11 +63,10 @@ ENGINE_ERRORS = (
     Check("split_tokens", ("resize_vocab", "add_tokens", "add_special_tokens", "deepspeed"),
           lambda v: adds_tokens(v) and zero_stage(v) == 3,
           "the vocabulary is resized in weights that no process holds whole: take ZeRO stage 2 or below"),
-    Check("split_reward_adapter", ("reward_model_type", "reward_model", "deepspeed", "fsdp"),
-          lambda v: v.stage == "ppo" and v.reward_model and v.reward_model_type == "lora"
-          and splits_weights(v),
-          "it scores by the weights of the policy, which no process holds whole: write reward_model_type: "
-          "full, with the reward model exported, or api"),
+    Check("split_reward_adapter", ("reward_model_type", "reward_model", "fsdp"),
+          lambda v: v.stage == "ppo" and v.reward_model and v.reward_model_type == "lora" and v.fsdp,
+          "it scores by the decoder of the policy, which FSDP2 gathers for the policy alone: write "
+          "reward_model_type: full or api, or take ZeRO stage 3"),
     Check("split_vllm", ("rollout_engine", "deepspeed", "fsdp"),
           lambda v: v.stage == "ppo" and v.rollout_engine == "vllm" and splits_weights(v),
           "vllm wants weights that no process holds whole: take ZeRO stage 2 or below, or remove it"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +80,17 @@ def switched_to(policy: PeftModel, adapter: str) -> Iterator[None]:
 
 
 def load_reward_adapter(
-    policy: PeftModel, folder: Path, max_length: int, name: str, vision: Vision | None = None
+    policy: PeftModel,
+    folder: Path,
+    max_length: int,
+    name: str,
+    vision: Vision | None = None,
+    most: Callable[[int], int] = int,
 ) -> RewardAdapter:
     """Put the adapter of a folder, which our stage `rm` or LLaMA-Factory wrote, beside the policy's own.
 
     The policy is ready for batches, and rows have at most `max_length` tokens; `vision` is how the reward
-    model sees, if it does. Raises `ModelError` for what
+    model sees, if it does, and `most` as `RewardModel` says. Raises `ModelError` for what
     is no reward model or cannot stand beside another adapter, and when its scores upon these weights are not
     those saved with it.
     """
@@ -103,7 +108,7 @@ def load_reward_adapter(
     proof = _verify(policy, shell, folder, name, vision)
     obstacle = read_architecture(base.config).find_obstacle(max_length, vision is not None)
     layout: Layout = "shared" if shares_prompts(base) and not obstacle else "repeat"
-    return RewardAdapter(policy, RewardModel(shell, Packer(layout, vision), bias, proof))
+    return RewardAdapter(policy, RewardModel(shell, Packer(layout, vision), bias, proof, most))
 
 
 def _verify(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -301,12 +301,14 @@ def verify_scores(model: nn.Module, folder: Path, name: str, vision: Vision | No
 @dataclass(frozen=True)
 class RewardModel:
     """A reward model that takes the batches of `packer`; `offset` is added to what its head gives, `proof`
-    is how far its scores are from those saved with it (`verify_scores`)."""
+    is how far its scores are from those saved with it (`verify_scores`), and `most` makes of the number of
+    batches the most of all processes, where these have to call the model equally often."""
 
     model: nn.Module
     packer: Packer
     offset: float
     proof: float | None
+    most: Callable[[int], int] = int
 
     @property
     def layout(self) -> Layout:
@@ -331,7 +333,9 @@ class RewardModel:
         found = [[0.0] * len(example.response_ids) for example in examples]
         joined, places = _join_prompts(examples, batch_tokens)
         sizes = [_size(example, self.layout) for example in joined]
-        for batch in _batches(sizes, self.layout, batch_tokens):
+        batches = list(_batches(sizes, self.layout, batch_tokens))
+        batches += batches[-1:] * (self.most(len(batches)) - len(batches))
+        for batch in batches:
             packed = self.packer([joined[i] for i in batch])
             here = send_to_device(packed, self.device)
             scores = (response_scores(self.model, here).double() + self.offset).tolist()

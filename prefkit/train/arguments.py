@@ -14,7 +14,7 @@ from prefkit.config.engines import stage_of
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
 from prefkit.train import fully_sharded
-from prefkit.train.strategy import wants_fsdp
+from prefkit.train.strategy import wants_deepspeed, wants_fsdp
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -78,7 +78,7 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
         given["train_sampling_strategy"] = "sequential"
     if stage_of(given.get("deepspeed")) == 0:
         given.pop("deepspeed")  # it splits nothing, and is what torch does among several processes
-    if given.get("deepspeed"):
+    if given.get("deepspeed") or wants_deepspeed(os.environ):
         from prefkit.train.zero import start_deepspeed
 
         start_deepspeed(on_cpu=not has_accelerator)

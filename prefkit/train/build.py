@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from transformers import PrinterCallback
 
@@ -13,6 +15,7 @@ from prefkit.data.streaming import StreamedRows
 from prefkit.data.template import ChatTemplate
 from prefkit.model.ref_cache import CachedReference
 from prefkit.model.reference import FrozenModel, Reference
+from prefkit.model.tuning import set_one_dtype
 from prefkit.train.answering import Answerer
 from prefkit.train.callbacks import EarlyStopping, KeepReferenceLogps, LogFile, ProgressBar
 from prefkit.train.dpo import DpoStage
@@ -28,7 +31,7 @@ from prefkit.train.rollout_count import epochs_per_rollout, updates_per_step
 from prefkit.train.rollouts import RolloutSource
 from prefkit.train.signals import SaveAndStop, StopSignals
 from prefkit.train.stages import Stage
-from prefkit.train.strategy import Strategy
+from prefkit.train.strategy import Strategy, together
 from prefkit.train.trainer import PrefTrainer
 from prefkit.train.watchdog import Heartbeat, Watchdog
 
@@ -56,8 +59,11 @@ def build_trainer(
     bar = ProgressBar(console, updates)
     if isinstance(stage, PpoStage):
         assert reference is not None and not isinstance(data.train, StreamedRows)
-        with strategy.loading_whole():
-            judge = build_judge(config, policy.model, template, console.print, policy.has_images)
+        with strategy.loading_whole(), strategy.computing(policy.model):
+            most = partial(together, strategy, torch.max)
+            judge = build_judge(config, policy.model, template, console.print, policy.has_images, most)
+        if strategy.one_dtype is not None:
+            set_one_dtype(policy.model, strategy.one_dtype)  # of an adapter that judges, too
         console.print(f"Judge: {judge.name}.")
         engine = build_engine(config, policy, watchdog.beat, console.print, strategy)
         answerer = Answerer(

@@ -41,10 +41,15 @@ class WeightedJudges:
 
 
 def build_judge(
-    config: RunConfig, policy: nn.Module, template: ChatTemplate, say: Say, has_images: bool = False
+    config: RunConfig,
+    policy: nn.Module,
+    template: ChatTemplate,
+    say: Say,
+    has_images: bool = False,
+    most: Callable[[int], int] = int,
 ) -> Judge:
     """What judges the responses of a run; `template` is that of the policy, `has_images` says whether prompts
-    may have any.
+    may have any, `most` is that of `RewardModel`.
 
     A reward model of type `lora` becomes part of the policy, see `load_reward_adapter`. Raises `UserError`
     for what cannot judge.
@@ -52,7 +57,7 @@ def build_judge(
     reward = config.reward
     judges: list[Judge] = []
     if reward.reward_model and reward.reward_model_type == "lora":
-        judges.append(open_adapter_judge(config, policy, template, say))
+        judges.append(open_adapter_judge(config, policy, template, say, most))
     elif reward.reward_model and reward.reward_model_type == "full":
         judges.append(open_model_judge(config, template, say, has_images))
     elif reward.reward_model:

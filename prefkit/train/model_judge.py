@@ -105,7 +105,13 @@ def _check_sight(name: str, model_config: PretrainedConfig, has_images: bool) ->
         )
 
 
-def open_adapter_judge(config: RunConfig, policy: nn.Module, template: ChatTemplate, say: Say) -> ModelJudge:
+def open_adapter_judge(
+    config: RunConfig,
+    policy: nn.Module,
+    template: ChatTemplate,
+    say: Say,
+    most: Callable[[int], int] = int,
+) -> ModelJudge:
     """A reward model of type `lora`, put upon the policy. Raises `ModelError` when it is none, or was trained
     upon other weights."""
     use = reward_model_use(config)
@@ -115,7 +121,7 @@ def open_adapter_judge(config: RunConfig, policy: nn.Module, template: ChatTempl
     adapted: PeftModel = policy  # type: ignore[assignment]
     folder = find_adapter(use.model.trained_last, use.model)
     own = load_template(use.model, use.data)
-    adapter = load_reward_adapter(adapted, folder, use.data.cutoff_len, name, own.vision)
+    adapter = load_reward_adapter(adapted, folder, use.data.cutoff_len, name, own.vision, most)
     judge = ModelJudge(name, Scorer(adapter, own, name, use.data.cutoff_len), template)
     _tell(judge, "an adapter upon the policy's weights", say)
     if adapter.proof is None:

@@ -158,7 +158,16 @@ def choose_strategy(args: TrainingArguments) -> Strategy:
 
 def wants_fsdp(environment: Mapping[str, str]) -> bool:
     """Whether `accelerate launch` says that weights are split by FSDP."""
-    return environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on")
+    return _is_true(environment.get("ACCELERATE_USE_FSDP", ""))
+
+
+def wants_deepspeed(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` says that DeepSpeed trains."""
+    return _is_true(environment.get("ACCELERATE_USE_DEEPSPEED", ""))
+
+
+def _is_true(word: str) -> bool:
+    return word.lower() in ("1", "true", "yes", "on")
 
 
 def autocast(args: TrainingArguments, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -133,7 +133,7 @@ BROKEN = {
     "split_pissa": f"{THREE}pissa_init: true",
     "split_merges": f"{THREE}adapter_name_or_path: a,b",
     "split_tokens": f"{THREE}resize_vocab: true",
-    "split_reward_adapter": f"{JUDGED}{THREE}",
+    "split_reward_adapter": f"{JUDGED}fsdp: full_shard",
     "split_vllm": f"{JUDGED}{THREE}reward_model_type: full\nrollout_engine: vllm",
     "prefetch_without_workers": "dataloader_prefetch_factor: 2",
 }

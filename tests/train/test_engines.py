@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from prefkit.config.errors import UserError
 from prefkit.train.dpo import DpoStage
+from prefkit.train.fully_sharded import check_accelerate_config, check_fsdp
 from prefkit.train.ppo import PpoStage
 from prefkit.train.trainer import PrefTrainer
 from tests.conftest import make_model, make_tokenizer
@@ -133,6 +135,19 @@ def test_ppo_draws_and_learns_the_same(engine: str, tuning: str, write_config: W
         for name in ("one", "two")
     )
     assert [row["answer"] for row in one] == [row["answer"] for row in two]
+
+
+def test_an_adapter_of_zero3_judges(write_config: Write, tmp_path: Path) -> None:
+    """Upon weights that no process holds whole."""
+    judge = tmp_path / "judge"
+    run(write_config(stage="rm", output_dir=str(judge)))
+    keys = {**PPO, "per_device_train_batch_size": 1, "reward_model": str(judge)} | {"reward_function": ...}
+    run_on("ddp", tmp_path, write_config(**keys, output_dir=str(tmp_path / "one")))
+    printed = run_on(
+        "zero3", tmp_path, write_config(**keys, **KEYS["zero3"], output_dir=str(tmp_path / "two"))
+    )
+    assert "an adapter upon the policy's weights; its scores are those of its training" in printed
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 REFERENCES: dict[str, dict[str, Any]] = {
@@ -319,3 +334,47 @@ def test_a_rank_is_killed(engine: str, write_config: Write, tmp_path: Path) -> N
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+BY_ACCELERATE = {
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+@pytest.mark.parametrize("engine", BY_ACCELERATE)
+def test_accelerates_config_says_the_engine(
+    engine: str, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launcher hands it on by variables."""
+    config = write_config(per_device_train_batch_size=1, max_steps=3)
+    run(config, "per_device_train_batch_size=2", f"output_dir={tmp_path / 'one'}")
+    for name, value in BY_ACCELERATE[engine].items():
+        monkeypatch.setenv(name, value)
+    printed = run_on(engine, tmp_path, config)
+    assert {"fsdp": "FSDP2", "zero3": "ZeRO stage 3"}[engine] in printed
+    assert_same(tmp_path / "one", tmp_path / "out")
+
+
+def test_fsdp_on_a_cpu_is_an_error(write_config: Write, tmp_path: Path) -> None:
+    """Which the libraries below would turn into DDP without a word."""
+    ranks = [
+        Fork(tmp_path / f"{rank}.txt", **arguments)
+        for rank, arguments in enumerate(two_ranks("train", write_config(fsdp="full_shard")))
+    ]
+    assert [rank.kill_after(_PATIENCE) for rank in ranks] == [1, 1]
+    assert "error: fsdp: runs on GPUs only; on a CPU write deepspeed" in ranks[0].printed()
+
+
+def test_it_is_said_what_may_stand_in_the_settings(write_config: Write) -> None:
+    with pytest.raises(UserError, match="and this is one"):
+        check_fsdp(True, 1)
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        check_accelerate_config({"ACCELERATE_USE_FSDP": "true"})
+    with pytest.raises(UserError, match="cpu_ram_efficient_loading"):
+        check_accelerate_config(BY_ACCELERATE["fsdp"] | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
