@@ -1,10 +1,9 @@
-"""Checkpoints without pickle: `checkpoint-N` exists only when it is whole, and a resumed run is the same run.
+"""Checkpoints without pickle: a resumed run is the same run.
 
-A checkpoint is a folder of safetensors and JSON. It is written as `.saving-N`, closed by a manifest of
-sizes and sha256 sums, forced to disk, read again and only then renamed, so a kill, a power cut, a full or
-a faulty disk leaves the older checkpoints as they were. What a run needs besides its weights:
+A checkpoint is a folder of safetensors and JSON, see `checkpoint_files`. What a run needs besides its weights:
 
     optimizer.safetensors   tensors of the optimiser, keyed "index/name"; the rest is in optimizer.json
+    states-<n>.safetensors  instead of it where DeepSpeed or FSDP2 trains, see `states`; with states.json
     scheduler.json          and scaler.json where fp16 scales the loss
     rng_state_<rank>.json   generators of one process, its losses since the last log line, its `own_state`
     stage_state.json        what the stage hands to `extra_state`
@@ -17,205 +16,46 @@ accidents, not against someone who can rewrite the manifest as well.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import random
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from prefkit.config.errors import UserError
-from prefkit.files import describe, forget_cached, fsync, fsync_files, naming
+from prefkit.files import fsync_files, naming
 from prefkit.model.adapter import TRAINED
 from prefkit.model.reward import VALUE_HEAD
 from prefkit.model.value import NAME as VALUE_NAME
 from prefkit.model.value import load_value_head, save_value_head
 from prefkit.runs.identity import RUN_FILE
+from prefkit.train.checkpoint_files import (
+    CheckpointError,
+    blame,
+    find_newest_checkpoint,
+    publish,
+    read_json,
+    remove_leftovers,
+    rotate,
+    verify_checkpoint,
+    write_json,
+)
 from prefkit.train.states import STATES, gather_weights, load_states, save_states
 from prefkit.train.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-LEFTOVER = re.compile(r"\.saving-\d+|\.old-(checkpoint-\d+)(-deleted)?")
-PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 INFINITE = (float("inf"), float("-inf"))
 LOSS_COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
-UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be saved or resumed from; the message names the folder and the file."""
-
-
-def find_newest_checkpoint(
-    output_dir: str | Path, report: Callable[[str, str], None] | None = None
-) -> Path | None:
-    """The whole `checkpoint-N` with the highest N, or None; every file of it is read and verified.
-
-    `report(name, reason)` is called for each newer one that is passed over, by default to log a warning.
-    Call `remove_leftovers` first: it can bring a checkpoint back.
-    """
-    report = report or (lambda name, reason: logger.warning("%s is passed over: %s", name, reason))
-    for checkpoint in reversed(_checkpoints(Path(output_dir))):
-        try:
-            verify_checkpoint(checkpoint)
-        except CheckpointError as error:
-            report(checkpoint.name, str(error))
-        else:
-            return checkpoint
-    return None
-
-
-def verify_checkpoint(checkpoint: str | Path) -> None:
-    """Compare a checkpoint with its manifest.
-
-    Raises CheckpointError if it holds a pickle or weights the manifest does not know, has no manifest, or
-    if a file is missing or not what was saved.
-    """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a folder")
-    found = _files(checkpoint)
-    if MANIFEST not in found:
-        raise CheckpointError(f"{checkpoint} has no {MANIFEST}: its save did not end, or it is none of ours")
-    with _blame(checkpoint / MANIFEST):
-        listed = _read_json(checkpoint / MANIFEST)["files"]
-        for name, entry in listed.items():
-            if name not in found or describe(checkpoint / name) != entry:
-                state = "was changed after it was saved" if name in found else "is missing"
-                raise CheckpointError(f"{checkpoint}: {name} {state}")
-    for name in found:
-        if name.endswith(".safetensors") and name not in listed:
-            raise CheckpointError(f"{checkpoint}: {name} is not in its {MANIFEST}")
-
-
-def remove_leftovers(output_dir: str | Path) -> list[str]:
-    """Clear what a killed save left behind and return the names; call it before a run looks for checkpoints.
-
-    `.saving-N` is half a save, `.old-checkpoint-N` half a deletion. But where `checkpoint-N` is absent the
-    latter is whole: its replacement never came, and it gets its name back.
-    """
-    leftovers = [match for path in Path(output_dir).glob(".*") if (match := LEFTOVER.fullmatch(path.name))]
-    for name, checkpoint, deleted in ((match[0], match[1], match[2]) for match in leftovers):
-        if checkpoint and not deleted and not Path(output_dir, checkpoint).exists():
-            Path(output_dir, name).rename(Path(output_dir, checkpoint))
-        else:
-            shutil.rmtree(Path(output_dir, name))
-    return sorted(match[0] for match in leftovers)
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Every `checkpoint-N`, whole or not, by rising N."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def _files(folder: Path) -> list[str]:
-    """Names of all files in a folder and below. Raises CheckpointError if one of them may be a pickle."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    if pickles := [path for path in files if path.suffix.lower() in PICKLES]:
-        hint = "Resume from a checkpoint that prefkit saved, or start from the safetensors weights alone"
-        raise CheckpointError(f"{pickles[0]} may be a pickle, which can run code, and is not opened. {hint}")
-    return [path.relative_to(folder).as_posix() for path in files]
-
-
-def _publish(staging: Path, final: Path) -> None:
-    """Turn the finished folder `staging` into `final`: manifest, fsync, read again, rename.
-
-    Raises OSError when the disk gives back something else than it was given.
-    """
-    listed = {name: describe(staging / name) for name in _files(staging)}
-    _write_json(staging / MANIFEST, {"files": listed})
-    for path in [*staging.rglob("*"), staging]:
-        fsync(path)
-        if path.is_file():
-            forget_cached(path)
-    try:
-        verify_checkpoint(staging)
-    except CheckpointError as error:
-        raise OSError(errno.EIO, f"the disk did not keep what was written ({error})", str(final)) from error
-    old = _set_aside(final)  # a folder is not replaced in one step; remove_leftovers undoes this half
-    staging.rename(final)
-    fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the checkpoints saved first until `limit` are left, never one in `keep`."""
-    checkpoints = sorted(_checkpoints(output_dir), key=lambda path: path.stat().st_mtime_ns)
-    surplus = len(checkpoints) - limit if limit and limit > 0 else 0
-    for checkpoint in [path for path in checkpoints if path.name not in keep][: max(surplus, 0)]:
-        aside = _set_aside(checkpoint, "-deleted")
-        fsync(output_dir)  # or a power cut could leave the old name on half a checkpoint
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _set_aside(checkpoint: Path, suffix: str = "") -> Path:
-    aside = checkpoint.with_name(f".old-{checkpoint.name}{suffix}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if checkpoint.exists():
-        checkpoint.rename(aside)
-    return aside
-
-
-@contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with the file `path` into a CheckpointError that names it."""
-    try:
-        yield
-    except UNUSABLE as error:
-        raise CheckpointError(f"{path.parent}: {path.name}: {type(error).__name__}: {error}") from error
-
-
-def _pack(value: Any, tensors: dict[str, Tensor] | None = None, key: str = "") -> Any:
-    """`value` for JSON: tuples are marked, tensors move to `tensors` under the path that leads to them.
-
-    >>> _pack({"0": {"betas": (0.9, 0.999), "step": torch.tensor(3.0)}}, {})
-    {'0': {'betas': {'__tuple__': [0.9, 0.999]}, 'step': {'__tensor__': '0/step'}}}
-    """
-    if isinstance(value, Tensor) and tensors is not None:
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"__tensor__": key}
-    if isinstance(value, (tuple, list)):
-        items = [_pack(item, tensors, f"{key}/{index}") for index, item in enumerate(value)]
-        return {"__tuple__": items} if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        if odd := [name for name in value if not isinstance(name, str)]:
-            raise TypeError(f"JSON would turn the key {odd[0]!r} into a string")
-        return {name: _pack(item, tensors, f"{key}/{name}".lstrip("/")) for name, item in value.items()}
-    return value
-
-
-def _write_json(path: Path, value: Any, tensors: dict[str, Tensor] | None = None) -> None:
-    with naming(path), _blame(path):
-        path.write_text(json.dumps(_pack(value, tensors), allow_nan=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path, tensors: dict[str, Tensor] | None = None) -> Any:
-    def unpack(value: dict[str, Any]) -> Any:
-        if value.keys() == {"__tuple__"}:
-            return tuple(value["__tuple__"])
-        if value.keys() == {"__tensor__"}:
-            return (tensors or {})[value["__tensor__"]]
-        return value
-
-    with _blame(path):
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=unpack)
 
 
 def _undo_casts(optimizer: Any, saved: dict[int, dict[str, Any]]) -> None:
@@ -327,18 +167,18 @@ class PickleFreeCheckpoints(Trainer):
             self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
             self.state.save_to_json(str(staging / "trainer_state.json"))
             if self.identity is not None:
-                _write_json(staging / RUN_FILE, self.identity)
+                write_json(staging / RUN_FILE, self.identity)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             fsync_files(run_dir)  # the log lines up to here
-            _publish(staging, final)
+            publish(staging, final)
             self._rotate(run_dir, final)
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, run_dir: Path, newest: Path) -> None:
         """Delete what exceeds `save_total_limit`, but neither the newest checkpoint nor the best."""
         best = Path(self.state.best_model_checkpoint or newest)
-        _rotate(run_dir, self.args.save_total_limit, {newest.name, best.name})
+        rotate(run_dir, self.args.save_total_limit, {newest.name, best.name})
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -380,7 +220,7 @@ class PickleFreeCheckpoints(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
         arguments = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
-        _write_json(folder / "training_args.json", arguments)
+        write_json(folder / "training_args.json", arguments)
 
     def _stateful_parts(self) -> dict[str, Any]:
         parts = {"scheduler.json": self.lr_scheduler, "scaler.json": self.accelerator.scaler}
@@ -394,19 +234,19 @@ class PickleFreeCheckpoints(Trainer):
         if not self.args.should_save:
             return
         if self.strategy.keeps_masters:
-            _write_json(folder / "optimizer.json", self.strategy.scalars())
+            write_json(folder / "optimizer.json", self.strategy.scalars())
         else:
             self._save_optimizer(folder)
         for name, part in self._stateful_parts().items():
             # An infinity (the first `best` of a plateau) is no JSON; left out, the constructor sets it again.
-            _write_json(folder / name, {k: v for k, v in part.state_dict().items() if v not in INFINITE})
-        _write_json(folder / "stage_state.json", self.extra_state())
+            write_json(folder / name, {k: v for k, v in part.state_dict().items() if v not in INFINITE})
+        write_json(folder / "stage_state.json", self.extra_state())
 
     def _save_optimizer(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
         rest = dict(cast(Any, self.optimizer).state_dict())
         by_index = {str(index): state for index, state in rest.pop("state").items()}
-        _write_json(folder / "optimizer.json", by_index | rest, tensors)
+        write_json(folder / "optimizer.json", by_index | rest, tensors)
         with naming(path := folder / "optimizer.safetensors"):
             save_file(tensors, path)
 
@@ -417,10 +257,10 @@ class PickleFreeCheckpoints(Trainer):
 
     def _load_optimizer(self, folder: Path) -> None:
         optimizer = cast(Any, self.optimizer)
-        with _blame(path := folder / "optimizer.safetensors"):  # cloned: what is loaded is a view of the file
+        with blame(path := folder / "optimizer.safetensors"):  # cloned: what is loaded is a view of the file
             tensors = {name: value.clone() for name, value in load_file(path).items()}
-        with _blame(path := folder / "optimizer.json"):
-            rest = _read_json(path, tensors)
+        with blame(path := folder / "optimizer.json"):
+            rest = read_json(path, tensors)
             saved = {int(index): rest.pop(index) for index in list(rest) if index.isdigit()}
             optimizer.load_state_dict(rest | {"state": saved})
             _undo_casts(optimizer, saved)
@@ -431,17 +271,17 @@ class PickleFreeCheckpoints(Trainer):
             return
         folder = Path(checkpoint)
         if self.strategy.keeps_masters:
-            with _blame(folder / STATES):
+            with blame(folder / STATES):
                 load_states(self.strategy, self._trained(), folder)
-            with _blame(path := folder / "optimizer.json"):
-                self.strategy.load_scalars(_read_json(path))
+            with blame(path := folder / "optimizer.json"):
+                self.strategy.load_scalars(read_json(path))
         else:
             self._load_optimizer(folder)
         for name, part in self._stateful_parts().items():
-            with _blame(path := folder / name):
-                part.load_state_dict(_read_json(path))
-        with _blame(path := folder / "stage_state.json"):
-            self.load_extra_state(_read_json(path))
+            with blame(path := folder / name):
+                part.load_state_dict(read_json(path))
+        with blame(path := folder / "stage_state.json"):
+            self.load_extra_state(read_json(path))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what differs by process: the generators and the losses that wait for a log line."""
@@ -457,7 +297,7 @@ class PickleFreeCheckpoints(Trainer):
         }
         for name, generator in _torch_generators(self.args.device).items():
             states[name] = generator.get_rng_state().tolist()
-        _write_json(Path(output_dir) / f"rng_state_{self.args.process_index}.json", states)
+        write_json(Path(output_dir) / f"rng_state_{self.args.process_index}.json", states)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore what `_save_rng_state` saved; the Trainer's last call before the first resumed step."""
@@ -468,7 +308,7 @@ class PickleFreeCheckpoints(Trainer):
             self._rotate(Path(str(self.args.output_dir)), Path(checkpoint))
         saved = self._read_ranks(Path(checkpoint))
         own = saved[min(self.args.process_index, len(saved) - 1)]
-        with _blame(Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
+        with blame(Path(checkpoint) / f"rng_state_{self.args.process_index}.json"):
             self._started -= own["seconds"]
             # Logged as the mean over processes.
             self._tr_loss.fill_(sum(one["loss"] for one in saved) / len(saved))
@@ -487,8 +327,8 @@ class PickleFreeCheckpoints(Trainer):
         found: list[dict[str, Any]] = []
         number = 1
         while len(found) < number:
-            with _blame(path := folder / f"rng_state_{len(found)}.json"):
-                found.append(_read_json(path))
+            with blame(path := folder / f"rng_state_{len(found)}.json"):
+                found.append(read_json(path))
                 number = found[0]["world_size"]
         return found
 
@@ -515,18 +355,18 @@ class PickleFreeCheckpoints(Trainer):
         model = self.accelerator.unwrap_model(model or self.model)
         folder = Path(resume_from_checkpoint)
         if self.strategy.keeps_masters:
-            with _blame(folder / STATES):
+            with blame(folder / STATES):
                 load_states(self.strategy, self._trained(), folder, weights_only=True)
             return
         if isinstance(model, PeftModel):
-            with _blame(folder / "adapter_model.safetensors"):
+            with blame(folder / "adapter_model.safetensors"):
                 _check_adapter(model, folder)
-        with _blame(folder / VALUE_HEAD):
+        with blame(folder / VALUE_HEAD):
             load_value_head(model, folder)
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with _blame(folder / "model.safetensors"):
+        with blame(folder / "model.safetensors"):
             # Through the model's own reader, which knows where names in the file differ from names in memory.
             # fp32 holds every dtype in use exactly.
             read: Any = type(model).from_pretrained

@@ -15,7 +15,7 @@ from prefkit.model.probe import PROBE_FILE
 from prefkit.runs.calibration import CALIBRATION_FILE, CALIBRATION_PLOT, SCORES_FILE
 from prefkit.runs.identity import check_same_config
 from prefkit.runs.record import CONFIG_FILE, DATA_FILE, RECORD_FILE, mark_cleared, read_record
-from prefkit.train.checkpoint import (
+from prefkit.train.checkpoint_files import (
     LEFTOVER,
     CheckpointError,
     find_newest_checkpoint,

@@ -50,7 +50,7 @@ from prefkit.train.build import build_trainer, loss_name
 from prefkit.train.callbacks import (
     evaluation_prefix,
 )
-from prefkit.train.checkpoint import find_newest_checkpoint
+from prefkit.train.checkpoint_files import find_newest_checkpoint
 from prefkit.train.judges import check_judges, fingerprint_functions, fingerprint_reward_models
 from prefkit.train.lock import FolderLock
 from prefkit.train.out_of_memory import naming_memory_faults

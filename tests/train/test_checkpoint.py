@@ -24,9 +24,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from prefkit.train.checkpoint import (
+from prefkit.train.checkpoint import PickleFreeCheckpoints
+from prefkit.train.checkpoint_files import (
     CheckpointError,
-    PickleFreeCheckpoints,
     find_newest_checkpoint,
     remove_leftovers,
     verify_checkpoint,

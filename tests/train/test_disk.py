@@ -17,7 +17,7 @@ import pytest
 
 from prefkit.config.errors import UserError
 from prefkit.files import DiskError
-from prefkit.train.checkpoint import find_newest_checkpoint, remove_leftovers, verify_checkpoint
+from prefkit.train.checkpoint_files import find_newest_checkpoint, remove_leftovers, verify_checkpoint
 from tests.train.faults import fail_at, in_child, mount_small, on_small_disk, remount
 from tests.train.forks import FORKS
 from tests.train.runs import run, same

@@ -23,7 +23,8 @@ import torch
 from transformers.trainer import Trainer
 
 from prefkit.train import checkpoint as checkpoints
-from prefkit.train.checkpoint import PickleFreeCheckpoints, verify_checkpoint
+from prefkit.train.checkpoint import PickleFreeCheckpoints
+from prefkit.train.checkpoint_files import verify_checkpoint
 from tests.train.forks import FORKS, Fork, command, run_in_two, two_ranks
 
 pytestmark = FORKS

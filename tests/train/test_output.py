@@ -12,7 +12,7 @@ import pytest
 
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
-from prefkit.train.checkpoint import CheckpointError
+from prefkit.train.checkpoint_files import CheckpointError
 from prefkit.train.output import OutputFolder, open_output_folder
 from prefkit.train.place import command_that_goes_on
 from tests.train.runs import run, unfinish

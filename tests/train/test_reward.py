@@ -20,7 +20,7 @@ from prefkit.model.errors import ModelError
 from prefkit.model.reward import HEAD_WEIGHT, VALUE_HEAD
 from prefkit.model.reward_model import RewardModel
 from prefkit.train import reward
-from prefkit.train.checkpoint import CheckpointError
+from prefkit.train.checkpoint_files import CheckpointError
 from prefkit.train.guard import NotFinite
 from prefkit.train.out_of_memory import OutOfMemory
 from prefkit.train.trainer import PrefTrainer

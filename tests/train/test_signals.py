@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from prefkit.train.checkpoint import find_newest_checkpoint, verify_checkpoint
+from prefkit.train.checkpoint_files import find_newest_checkpoint, verify_checkpoint
 from prefkit.train.signals import SIGNALS, Interrupted, StopSignals
 from prefkit.train.trainer import PrefTrainer
 from tests.train.forks import FORKS

@@ -17,7 +17,7 @@ import pytest
 from torch.utils.data import get_worker_info
 
 from prefkit.train import watchdog
-from prefkit.train.checkpoint import verify_checkpoint
+from prefkit.train.checkpoint_files import verify_checkpoint
 from prefkit.train.dpo import DpoStage
 from prefkit.train.loading import Collator
 from prefkit.train.watchdog import Watchdog
