@@ -1,6 +1,6 @@
 """Checkpoints without pickle: a resumed run is the same run.
 
-A checkpoint is a folder of safetensors and JSON, see `checkpoint_files`. What a run needs besides its weights:
+A checkpoint is a folder of safetensors and JSON, see `checkpoint_files`. What a run needs besides weights:
 
     optimizer.safetensors   tensors of the optimiser, keyed "index/name"; the rest is in optimizer.json
     states-<n>.safetensors  instead of it where DeepSpeed or FSDP2 trains, see `states`; with states.json
