@@ -2,7 +2,8 @@
 
 Two gloo processes train random Llamas of width 512 in bf16 by DPO, with LoRA and in full with a second model
 as reference, two micro-steps a step. What they send is what they hand to torch's collectives; what they hold
-is resident memory, of the larger model less the smaller, so that all that does not grow with it cancels.
+is their tensors between two steps, and resident memory then and at its peak, of the larger model less the
+smaller: what does not grow with the model cancels.
 FSDP2 runs on a CPU by the patch of tests/train/engines.py, so that the script wants the folder it lies in.
 
     python benchmarks/scaling_check.py [--engines ddp zero3] [--checkpointing] [--quick]
@@ -123,7 +124,7 @@ def rows_of(
         rows.append({"what": name, "measured": sent, "formula": expected})
     held = {layers: sum(run.held().values()) for layers, run in told.items()}
     peak = {layers: held[layers] + told[layers].gradients() for layers in found}
-    for name, of_formula in (("held", held), ("peak", peak)):
+    for name, of_formula in (("tensors", held), ("held", held), ("peak", peak)):
         measured = found[large][name] - found[small][name]
         rows.append({"what": name, "measured": measured, "formula": of_formula[large] - of_formula[small]})
     return [{"kind": kind, "engine": engine, **row} for row in rows]

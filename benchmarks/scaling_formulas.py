@@ -120,9 +120,9 @@ class Run:
             # Among several micro-steps those of the ones before are there while autocast's copies are.
             "ddp": WHOLE * t + (HALF * t if self.micro_steps > 1 else 0),
             "zero1": HALF * t + WHOLE * t / n,
-            "zero2": HALF * t / n + WHOLE * t / n,
+            "zero2": 2 * HALF * t / n + WHOLE * t / n,  # its part is there twice while it is put together
             "zero3": WHOLE * t / n,
-            "fsdp": WHOLE * t / n + (WHOLE * t if self.micro_steps > 1 else 0),
+            "fsdp": WHOLE * t if self.micro_steps > 1 else WHOLE * t / n,  # accelerate's no_sync keeps all
         }[self.engine]
 
     def traffic(self) -> dict[str, float]:

@@ -62,11 +62,11 @@ class Plan:
 
 BUCKET = 5e8 * HALF  # of ZeRO stage 2, in examples/deepspeed/ds_z2_config.json
 PLANS = (
-    Plan("70B DPO, LoRA, ZeRO-3", LLAMA_70B, "zero3", 16, "off", 4096, 2, 1),
-    Plan("70B DPO, LoRA, FSDP2", LLAMA_70B, "fsdp", 16, "off", 4096, 2, 1),
-    Plan("70B DPO, full, ZeRO-3, reference cached", LLAMA_70B, "zero3", 0, "none", 4096, 2, 0),
-    Plan("70B DPO, full, ZeRO-3, second model", LLAMA_70B, "zero3", 0, "copy", 4096, 2, 1),
-    Plan("70B DPO, full, FSDP2, reference cached", LLAMA_70B, "fsdp", 0, "none", 4096, 2, 0),
+    Plan("70B DPO, LoRA, ZeRO-3", LLAMA_70B, "zero3", 16, "off", 4096, 1, 1),
+    Plan("70B DPO, LoRA, FSDP2", LLAMA_70B, "fsdp", 16, "off", 4096, 1, 1),
+    Plan("70B DPO, full, ZeRO-3, reference cached", LLAMA_70B, "zero3", 0, "none", 4096, 1, 0),
+    Plan("70B DPO, full, ZeRO-3, second model", LLAMA_70B, "zero3", 0, "copy", 4096, 1, 1),
+    Plan("70B DPO, full, FSDP2", LLAMA_70B, "fsdp", 0, "copy", 4096, 1, 1),
     Plan("8B PPO, LoRA, DDP", LLAMA_8B, "ddp", 16, "off", 9216, 2, 3, LLAMA_8B.lora(16) * HALF),
     Plan("8B PPO, full, ZeRO-2", LLAMA_8B, "zero2", 0, "copy", 9216, 2, 3, LLAMA_8B.weights * HALF + BUCKET),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -90,31 +90,13 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def local(weights: Any) -> torch.Tensor:
-    """What this process holds of a weight."""
-    part = getattr(weights, "ds_tensor", weights)
-    found: torch.Tensor = part.to_local() if isinstance(part, DTensor) else part
-    return found
-
-
-def bytes_of_weights(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weights that a process holds, of those that are trained and of others."""
-    sums = {"trained": 0, "frozen": 0}
-    for weights in model.parameters():
-        sums["trained" if weights.requires_grad else "frozen"] += local(weights).nbytes
-    return sums
-
-
-def bytes_of_states(optimizer: Any) -> int:
-    """Bytes of what an optimiser holds for each number, and of the weights of its own that it updates."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate
-    inner = getattr(inner, "optimizer", inner)  # of DeepSpeed
-    found: dict[int, int] = {}
-    for state in inner.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.dim():
-                part = local(value).untyped_storage()
-                found[part.data_ptr()] = part.nbytes()
+def bytes_of_tensors() -> int:
+    """Bytes of all tensors that Python knows, memory that several share once."""
+    found = {}
+    for it in gc.get_objects():
+        if issubclass(type(it), torch.Tensor) and not isinstance(it, DTensor | FakeTensor):
+            storage = it.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
 
@@ -129,7 +111,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Between two steps."""
         now, _ = resident()
-        self.held = now - self.before
+        self.held, self.tensors = now - self.before, bytes_of_tensors()
         self.sent = dict(self.traffic.sent)
         forget_peak()
         self.from_here = resident()[1] - now
@@ -137,15 +119,13 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """The update is done."""
         sent = {kind: n - self.sent.get(kind, 0) for kind, n in self.traffic.sent.items()}
-        now, most = resident()
+        _, most = resident()
         self.steps.append(
             {
                 "sent": {kind: n for kind, n in sent.items() if n},
+                "tensors": self.tensors,
                 "held": self.held,
-                "after": now - self.before,
                 "peak": most - self.from_here - self.before,
-                "weights": bytes_of_weights(self.trainer.model),
-                "states": bytes_of_states(self.trainer.optimizer),
             }
         )
 

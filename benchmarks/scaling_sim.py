@@ -211,7 +211,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["zero3", "fsdp"])
     parser.add_argument("--reference", choices=("off", "copy", "none"), help="off with lora, copy with full")
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--cutoff", type=int, default=2048)
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="JSON lists of pairs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+
+from prefkit.config import load_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -108,7 +112,40 @@ def test_formulas_say_what_two_processes_send(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "it.json").read_text())
-    sent = [row for row in rows if row["what"] not in ("held", "peak")]
+    sent = [row for row in rows if row["what"] not in ("tensors", "held", "peak")]
     assert len(sent) == 3
     for row in sent:
         assert row["measured"] == pytest.approx(row["formula"], rel=1e-3)
+
+
+PLANS = Path(__file__).parents[1] / "docs" / "scaling.md"
+ENGINES = {"z2.json": "ds_z2_config.json", "z3.json": "ds_z3_config.json"}
+
+
+def keys_of_plans() -> dict[str, dict[str, Any]]:
+    """The YAML of each plan, and with what each training of all weights, or FSDP2, changes."""
+    found: dict[str, dict[str, Any]] = {}
+    name = ""
+    for block in re.findall(r"```yaml\n(.*?)```", PLANS.read_text(encoding="utf-8"), re.DOTALL):
+        keys = yaml.safe_load(block)
+        if block.startswith("#"):
+            name = block.splitlines()[0]
+            found[name] = keys
+        else:
+            before = dict(found[name])
+            if "fsdp" in keys:
+                del before["deepspeed"]
+            found[f"{name}, {next(iter(keys))}"] = before | keys
+    return found
+
+
+def test_the_plans_are_configs(tmp_path: Path) -> None:
+    plans = keys_of_plans()
+    assert len(plans) == 5
+    for name, keys in plans.items():
+        if engine := keys.get("deepspeed"):
+            example = PLANS.parents[1] / "examples" / "deepspeed" / ENGINES[Path(engine).name]
+            keys["deepspeed"] = str(example)
+        file = tmp_path / "plan.yaml"
+        file.write_text(yaml.safe_dump(keys))
+        assert load_config(file).config.value("stage") in ("dpo", "ppo"), name
