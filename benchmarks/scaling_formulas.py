@@ -121,7 +121,7 @@ class Run:
             "ddp": WHOLE * t + (HALF * t if self.micro_steps > 1 else 0),
             "zero1": HALF * t + WHOLE * t / n,
             "zero2": 2 * HALF * t / n + WHOLE * t / n,  # its part is there twice while it is put together
-            "zero3": WHOLE * t / n,
+            "zero3": (HALF + WHOLE) * t / n,  # put together, then in fp32
             "fsdp": WHOLE * t if self.micro_steps > 1 else WHOLE * t / n,  # accelerate's no_sync keeps all
         }[self.engine]
 
