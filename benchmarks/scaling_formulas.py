@@ -122,7 +122,7 @@ class Run:
             "zero1": HALF * t + WHOLE * t / n,
             "zero2": 2 * HALF * t / n + WHOLE * t / n,  # its part is there twice while it is put together
             "zero3": (HALF + WHOLE) * t / n,  # put together, then in fp32
-            "fsdp": WHOLE * t if self.micro_steps > 1 else WHOLE * t / n,  # accelerate's no_sync keeps all
+            "fsdp": WHOLE * t / n,
         }[self.engine]
 
     def traffic(self) -> dict[str, float]:
@@ -139,6 +139,6 @@ class Run:
             "zero1": {"all-reduce": 2.0 * HALF * t, "all-gather": HALF * t},
             "zero2": {"all-reduce": 2.0 * HALF * t * times, "all-gather": HALF * t},
             "zero3": {"all-gather": times * gathered, "reduce-scatter": HALF * t * times},
-            "fsdp": {"all-gather": times * gathered, "reduce-scatter": WHOLE * t},
+            "fsdp": {"all-gather": times * gathered, "reduce-scatter": WHOLE * t * times},
         }[self.engine]
         return {kind: number * (self.ranks - 1) / self.ranks for kind, number in sent.items()}

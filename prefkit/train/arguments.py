@@ -85,6 +85,7 @@ def make_training_arguments(config: RunConfig) -> TrainingArguments:
     if given.get("fsdp") or wants_fsdp(os.environ):
         fully_sharded.check_fsdp(has_accelerator, int(os.environ.get("WORLD_SIZE", "1")))
         fully_sharded.check_accelerate_config(os.environ)
+        given["accelerator_config"] = fully_sharded.sum_as_they_come(given.get("accelerator_config"))
     if given.get("fsdp"):
         given["fsdp_config"] = fully_sharded.settings_of_fsdp(given.get("fsdp_config"), given["fsdp"])
     try:

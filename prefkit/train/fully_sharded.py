@@ -48,6 +48,18 @@ def check_accelerate_config(environment: Mapping[str, str]) -> None:
         raise UserError("accelerate's config: write fsdp_cpu_ram_efficient_loading: false in it")
 
 
+def sum_as_they_come(accelerator_config: Any) -> Any:
+    """accelerate's settings with gradients summed over processes in each micro-batch, unless they say else.
+
+    Else each process would keep all gradients whole until the last micro-batch of a step.
+    """
+    if not isinstance(accelerator_config, dict | None):
+        return accelerator_config
+    given = accelerator_config or {}
+    accumulation = {"sync_each_batch": True, **(given.get("gradient_accumulation_kwargs") or {})}
+    return {**given, "gradient_accumulation_kwargs": accumulation}
+
+
 class FullySharded:
     """The model as FSDP2 splits it: weights are DTensors."""
 
