@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 from peak import (
     PeakMemory,
     bytes_of,
@@ -34,6 +35,8 @@ from prefkit.config.schema import RunConfig
 from prefkit.data.dataset import RunData
 from prefkit.data.encode import TokenizedExample
 from prefkit.data.examples import Pair
+from prefkit.data.lengths import WHOLE
+from prefkit.data.view import RowView
 from prefkit.model.adapter import add_lora, base_of
 from prefkit.model.load import load_causal_lm
 from prefkit.model.reference import FrozenModel
@@ -44,6 +47,7 @@ from prefkit.train.out_of_memory import Pieces
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.signals import StopSignals
+from prefkit.train.strategy import choose_strategy
 from prefkit.train.trainer import PrefTrainer
 
 # A Llama of moderate size; its vocabulary is that of the point.
@@ -138,17 +142,20 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
     args = make_training_arguments(config)
     template = load_template(config.model, config.data)
     tokenizer = template.tokenizer
-    policy = build_policy(config, args, template, lambda text: None)
+    strategy = choose_strategy(args)
+    policy = build_policy(config, args, template, lambda text: None, strategy)
     if point.all_logits:
         policy.base.forward = MethodType(all_logits_forward, policy.base)
     number = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     train = [make_pair(point.tokens, policy.base.config.vocab_size, i) for i in range(number)]
-    data = RunData(train, [], [])  # type: ignore[arg-type]
+    rows = RowView([train], np.array([(0, row, WHOLE) for row in range(number)]))
+    data = RunData(rows, rows[:0], [])
     hashes = fingerprints(config)
     reference = ReferenceBuilder(
         *(config, args, policy, tokenizer, data, hashes),
         say=lambda text: None,
         track=lambda items, title: items,
+        strategy=strategy,
     ).build()
     stage = DpoStage(config.method, reference, policy.compute_dtype)
     pieces = Pieces(config, args, reference, print)
@@ -156,6 +163,7 @@ def make_trainer(point: Point, scratch: Path) -> PrefTrainer:
         *(policy.model, args, stage, config.tuning, policy.packer, data, tokenizer),
         pieces=pieces,
         signals=StopSignals(),
+        strategy=strategy,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

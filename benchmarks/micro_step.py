@@ -28,6 +28,7 @@ from prefkit.train.build import build_stage
 from prefkit.train.policy import build_policy
 from prefkit.train.references import ReferenceBuilder, fingerprints
 from prefkit.train.stages import Stage
+from prefkit.train.strategy import choose_strategy
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,7 +78,8 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
         set_pad_token(tokenizer, template, config.model)
     if not examples:
         examples = load_data(config, template, args.seed, _say_nothing, lambda items, title: items).train
-    policy = build_policy(config, args, template, _say_nothing)
+    strategy = choose_strategy(args)
+    policy = build_policy(config, args, template, _say_nothing, strategy)
     reference: Reference | None = None
     if config.method.stage != "rm":
         data = RunData([], [], [])  # type: ignore[arg-type]
@@ -85,6 +87,7 @@ def make_step(config: RunConfig, examples: Sequence[TokenizedExample], rows: int
             *(config, args, policy, tokenizer, data, fingerprints(config)),
             say=_say_nothing,
             track=lambda items, title: items,
+            strategy=strategy,
         )
         reference = builder.build()
     policy.model.train()

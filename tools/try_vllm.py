@@ -30,6 +30,7 @@ from prefkit.model.rollout import Sampled, Stream, sample_responses
 from prefkit.model.vision import load_template
 from prefkit.train.arguments import make_training_arguments
 from prefkit.train.policy import Policy, build_policy
+from prefkit.train.strategy import choose_strategy
 from prefkit.train.vllm_engine import VllmEngine, open_vllm_engine
 
 MODEL, PROMPTS = "models/smollm2-135m-instruct", 16
@@ -54,7 +55,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         config = _make_config(Path(folder), options)
         args = make_training_arguments(config)
-        policy = build_policy(config, args, load_template(config.model, config.data), print)
+        template = load_template(config.model, config.data)
+        policy = build_policy(config, args, template, print, choose_strategy(args))
         start = time.perf_counter()
         engine = open_vllm_engine(config, policy, print)
         print(f"opened in {time.perf_counter() - start:.1f} s")

@@ -29,6 +29,7 @@ from prefkit.train.arguments import make_training_arguments
 from prefkit.train.dpo import DpoStage
 from prefkit.train.out_of_memory import OutOfMemory, Pieces, is_out_of_memory
 from prefkit.train.signals import StopSignals
+from prefkit.train.strategy import choose_strategy
 from prefkit.train.trainer import PrefTrainer
 from tests.train.given import model_and_reference
 from tests.train.runs import read, run, same, torchrun, unfinish
@@ -74,6 +75,7 @@ class Run:
             None,  # type: ignore[arg-type]
             Pieces(self.config, args, reference, self.said.append),
             StopSignals(),
+            choose_strategy(args),
         )
         self.trainer.remove_callback(PrinterCallback)
 
