@@ -94,7 +94,7 @@ class FullySharded:
         shared: nn.Module = fsdp2_prepare_model(self._accelerator, model)
         return shared
 
-    def use(self, accelerator: Any) -> None:
+    def use(self, accelerator: Any, policy: nn.Module) -> None:
         """Let the model return what it computes as it is.
 
         accelerate would have log-probs cast to bfloat16, and gradients summed in it.

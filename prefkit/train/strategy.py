@@ -57,8 +57,8 @@ class Strategy(Protocol):
     def share(self, model: nn.Module) -> nn.Module:
         """A second model that is not trained, ready to be called, and split where the policy is."""
 
-    def use(self, accelerator: Any) -> None:
-        """Set accelerate up, before it wraps anything."""
+    def use(self, accelerator: Any, policy: nn.Module) -> None:
+        """Set up what wraps the policy, before it does."""
 
     def begin(self, trainer: Any) -> None:
         """Take notice that the Trainer has wrapped model and optimiser."""
@@ -114,7 +114,7 @@ class Replicated:
         """The model on the device of this process."""
         return model.to(self.args.device)
 
-    def use(self, accelerator: Any) -> None:
+    def use(self, accelerator: Any, policy: nn.Module) -> None:
         """Nothing to set up."""
 
     def begin(self, trainer: Any) -> None:

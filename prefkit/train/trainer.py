@@ -66,7 +66,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             compute_metrics=self._held_out_metrics,
         )
         self.strategy = strategy
-        strategy.use(self.accelerator)
+        strategy.use(self.accelerator, model)
         self.stage = stage
         self.tuning = tuning
         width = cast("Any", model).config.get_text_config().hidden_size

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.config.errors import UserError
+from prefkit.model.adapter import base_of
 from prefkit.model.partitioned import gathered, is_partitioned
 from prefkit.train.strategy import MASTER, States
 
@@ -111,8 +112,14 @@ class Zero:
         shared: nn.Module = engine
         return shared
 
-    def use(self, accelerator: Any) -> None:
-        """Nothing to set up."""
+    def use(self, accelerator: Any, policy: nn.Module) -> None:
+        """In stage 3 the head for tokens gathers its weights, an adapter's too, once for all its chunks, of
+        which ranks have other numbers."""
+        head = base_of(policy).get_output_embeddings()
+        if self.splits_weights and head is not None:
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(head, True)
 
     def begin(self, trainer: Any) -> None:
         """The engine is there."""

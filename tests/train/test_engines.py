@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from prefkit.config.errors import UserError
+from prefkit.objectives import head
 from prefkit.train.dpo import DpoStage
 from prefkit.train.fully_sharded import check_accelerate_config, check_fsdp
 from prefkit.train.ppo import PpoStage
@@ -156,6 +157,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "cache": {"finetuning_type": "full", "num_train_epochs": 2, "max_steps": -1},
     "cache as they come": {"num_train_epochs": 2, "max_steps": -1},
     "trained head": {"additional_target": "lm_head", "activation_checkpointing": True},
+    "adapted head": {"lora_target": "lm_head,q_proj"},
     "samples": {"sample_prompts": 2, "sample_max_new_tokens": 8, "do_predict": True},
 }
 
@@ -163,11 +165,19 @@ REFERENCES: dict[str, dict[str, Any]] = {
 @cases(
     ("engine", "reference"),
     [["zero2", "zero3", "fsdp"], REFERENCES],
-    *("zero3-second model", "zero3-cache", "zero3-trained head", "fsdp-named", "fsdp-samples"),
+    *("zero3-second model", "zero3-cache", "zero3-trained head", "zero3-adapted head"),
+    *("fsdp-named", "fsdp-samples"),
 )
 def test_each_reference(
-    engine: str, reference: str, write_config: Write, tmp_path: Path, other_model: Path
+    engine: str,
+    reference: str,
+    write_config: Write,
+    tmp_path: Path,
+    other_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Three tokens at a time, so that ranks have other numbers of chunks.
+    monkeypatch.setattr(head, "_CHUNK_NUMBERS", {"cpu": 3 * 264})
     keys: dict[str, Any] = {**STAGES["dpo"], "gradient_accumulation_steps": 2, **REFERENCES[reference]}
     if reference == "named":
         keys["ref_model"] = str(other_model)
