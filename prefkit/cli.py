@@ -337,8 +337,11 @@ def _quiet_libraries() -> None:
     """What libraries say about their own workings is not for the person who trains."""
     import logging
 
+    import torch
     import transformers
 
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, warns without it
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -358,17 +361,18 @@ def main() -> None:
     if "LOCAL_RANK" in os.environ:  # deepspeed says it once more, before all other arguments
         sys.argv = [word for word in sys.argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]
     try:
-        _leave(_run())
+        code = _run()
     except KeyboardInterrupt:
-        _leave(130)
+        code = 130
     except BaseException as error:
+        code = 1
         if is_launched():
             write_report(error)
-            _leave(1)
-        if not _is_rank():
+        elif not _is_rank():
             raise
-        sys.excepthook(*sys.exc_info())
-        _leave(1)
+        else:
+            sys.excepthook(*sys.exc_info())
+    _leave(code)
 
 
 def _run() -> int:

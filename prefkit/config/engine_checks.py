@@ -27,7 +27,7 @@ def _format_of_forward(v: SimpleNamespace) -> str:
 
 ENGINE_ERRORS = (
     Check("deepspeed", ("deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps",
-                        "max_grad_norm", "bf16", "fp16"),
+                        "max_grad_norm", "bf16", "fp16", "learning_rate", "weight_decay", "adam_epsilon"),
           find_deepspeed_problem, find_deepspeed_problem),
     Check("fsdp", ("fsdp", "fsdp_config"), find_fsdp_problem, find_fsdp_problem),
     Check("two_engines", ("deepspeed", "fsdp"), lambda v: v.deepspeed and v.fsdp,

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .suggest import nearest
+
 # Keys of the JSON, and those of the YAML that say the same.
 _SAID_TWICE = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -17,8 +19,19 @@ _SAID_TWICE = {
     "gradient_clipping": "max_grad_norm",
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.eps": "adam_epsilon",
+    "scheduler.params.warmup_max_lr": "learning_rate",
 }
 _STAGES = (0, 1, 2, 3)
+# What may be `auto` beside parts of their own, filled in from the YAML.
+_AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 # Optimisers whose states are one number for each weight, and numbers of steps: those can be put together from
 # the parts that ranks hold.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "sgd", "rmsprop", "adagrad")
@@ -29,8 +42,11 @@ def read_deepspeed(value: str | dict[str, Any]) -> dict[str, Any]:
     """The settings of DeepSpeed. Raises `ValueError` that says what is wrong with them."""
     settings = value if isinstance(value, dict) else _read(value)
     zero = settings.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in _STAGES:
-        raise ValueError("zero_optimization.stage must be 0, 1, 2 or 3")
+    if not isinstance(zero, dict) or zero.get("stage") not in _STAGES:
+        raise ValueError("zero_optimization.stage is wanted: 0, 1, 2 or 3")
+    for name in (key for key, value in settings.items() if value == "auto" and key not in _AUTO):
+        near = nearest(name, _AUTO)
+        raise ValueError(f"{name} cannot be auto{f'; did you mean {near}?' if near else ''}")
     for unit in ("tensor_parallel", "pipeline", "sequence_parallel_size", "autotuning"):
         if settings.get(unit):
             raise ValueError(f"{unit} is not in this version: remove it")

@@ -32,6 +32,7 @@ class UserError(Exception):
 
     exit_code = 1
     of_one_rank = False
+    of_another_rank = False
 
 
 class ConfigError(UserError):

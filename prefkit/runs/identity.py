@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prefkit.config import RunConfig, load_config
+from prefkit.config.engines import stage_of
 from prefkit.config.errors import UserError
 from prefkit.config.schema import keys_of
 from prefkit.data.dataset import RunData
@@ -35,12 +36,18 @@ MAY_CHANGE = {
     *("ddp_backend", "dataloader_num_workers", "dataloader_pin_memory", "preprocessing_num_workers"),
 }
 _MAY_DIFFER = ("machine", "processes", "reward function")
-# What other parts of the identity say: warmup_steps, and the rows of a step.
-_DERIVED = {"warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps"}
+# What other parts of the identity say: warmup_steps, the rows of a step, and the engine.
+_DERIVED = {"warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"}
 _WAY_OUT = (
     "A resumed run would be another. Put it back as it was; or go on from its weights in another output_dir "
     "with adapter_name_or_path or model_name_or_path; or write overwrite_output_dir: true to start afresh.\n"
     + fill(f"These keys may change: {', '.join(sorted(MAY_CHANGE - {'output_dir'}))}.", 100)
+)
+
+
+_STEP = (
+    "The rows of a step are processes x per_device_train_batch_size x gradient_accumulation_steps: with "
+    "another number of processes, change one of the other two along.\n"
 )
 
 
@@ -63,6 +70,7 @@ def identify(
         "model": dict(models),
         "prefkit": {"version": versions.pop("prefkit")},
         "step": _rows_of_step(config, num_processes),
+        "engine": {"ZeRO stage": stage_of(config.training.get("deepspeed")) or None},
         "processes": {"number": num_processes},
         # Other libraries or threads may round otherwise; the run stays what it is.
         "machine": {**versions, "threads": torch.get_num_threads()},
@@ -84,7 +92,8 @@ def check_same_run(checkpoint: Path, identity: Mapping[str, Any]) -> list[str]:
     ]
     if changed:
         lines = "\n  ".join(changed)
-        raise UserError(f"{checkpoint} is of a run with something else:\n  {lines}\n{_WAY_OUT}")
+        hint = _STEP if any(text.startswith("step ") for text in changed) else ""
+        raise UserError(f"{checkpoint} is of a run with something else:\n  {lines}\n{hint}{_WAY_OUT}")
     return [text for part in _MAY_DIFFER for text in _differences(before, identity, part)]
 
 

@@ -20,6 +20,12 @@ class JudgeFailed(UserError):
     of_one_rank = True
 
 
+class JudgeOfAnotherFailed(JudgeFailed):
+    """It was another process whose responses could not be judged, which says why."""
+
+    of_another_rank = True
+
+
 @dataclass(frozen=True)
 class Answered:
     """A prompt with a response that was drawn.

@@ -19,7 +19,7 @@ from prefkit.model.generate import stop_ids
 from prefkit.model.policy import response_logps
 from prefkit.model.reference import Reference
 from prefkit.model.rollout import Stream
-from prefkit.train.answered import Answered, Judge, JudgeFailed
+from prefkit.train.answered import Answered, Judge, JudgeFailed, JudgeOfAnotherFailed
 from prefkit.train.engine import Engine
 from prefkit.train.policy import Policy
 
@@ -117,7 +117,7 @@ class Answerer:
             failure = error
         failed = torch.tensor([failure is not None], device=trainer.args.device)
         if trainer.accelerator.gather(failed).any():
-            raise failure or JudgeFailed("Another process could not have its responses judged.")
+            raise failure or JudgeOfAnotherFailed("Another process could not have its responses judged.")
         scores = iter(found)
         return [
             [next(scores) - (0 if end else self.missing_eos_penalty) for end in ends] for ends in drawn.ended

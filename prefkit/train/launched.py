@@ -66,7 +66,8 @@ def write_report(error: BaseException) -> None:
     """Leave word of what ended this process, for the one that waits for it."""
     rank = int(os.environ["RANK"])
     if isinstance(error, UserError):
-        report = Report(rank, time.time(), str(error), is_users=True, of_one=error.of_one_rank)
+        of_one, of_another = error.of_one_rank, error.of_another_rank
+        report = Report(rank, time.time(), str(error), "", True, of_one, lost_peer=of_another)
     else:
         words = f"{type(error).__name__}: {error}".strip(": ")
         trace = "".join(traceback.format_exception(error))

@@ -110,7 +110,7 @@ def build_policy(
     _keep_heads_exact(base_of(model), one_dtype)
     layout = prepare_for_batches(base_of(model), config.model, config.longest_row, say, has_images)
     policy = Policy(model, Packer(layout, template.vision), _compute_dtype(model, args), has_images)
-    _tell_weights(policy, say)
+    _tell_weights(policy, say, strategy)
     return policy
 
 
@@ -167,10 +167,11 @@ def choose_policy_logps(config: RunConfig, model_config: PretrainedConfig) -> Lo
     return judged_logps if apart else response_logps
 
 
-def _tell_weights(policy: Policy, say: Say) -> None:
+def _tell_weights(policy: Policy, say: Say, strategy: Strategy) -> None:
     trainable = sum(size_of(weights) for weights in policy.model.parameters() if weights.requires_grad)
     total = sum(size_of(weights) for weights in policy.model.parameters())
-    formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}"])
+    upon = ", updated in float32" if strategy.one_dtype not in (None, torch.float32) and trainable else ""
+    formats = ", ".join([*sorted(_dtypes(policy.model)), f"forward in {policy.compute_dtype}{upon}"])
     if policy.packer.vision is not None:
         say(f"{_tell_parts(policy)}.")
     what = f"Training {trainable:,} of {total:,}" if trainable else f"Evaluating {total:,}"

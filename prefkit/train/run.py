@@ -419,6 +419,7 @@ class Run:
             "reference": self.reference_name,
             "judge": self.trainer.rollouts.answerer.judge.name if self.trainer.rollouts else None,
             "batch_layout": self.policy.layout,
+            "spread": self.trainer.strategy.name,
             "trained_on": list(self.config.data.dataset),
             "data": [ledger.to_dict() for ledger in self.data.ledgers],
             "pairs": {

@@ -97,7 +97,7 @@ class PrefTrainer(PickleFreeCheckpoints, Trainer):
             return super().train(*args, **kwargs)
         except JudgeFailed as error:
             if saved := self._save_between_rollouts():
-                raise JudgeFailed(
+                raise type(error)(
                     f"{str(error).rstrip('.')}.\n{saved} is saved: the same command goes on from there."
                 ) from error
             raise

@@ -31,8 +31,6 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def start_deepspeed(on_cpu: bool) -> None:
     """Get ready for the `deepspeed` of a YAML, before weights are read: a process that no launcher has
     started becomes a group of one. Raises `UserError` where DeepSpeed is not installed."""
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it has found none
     try:
         import deepspeed
     except ImportError as error:
@@ -45,6 +43,7 @@ def start_deepspeed(on_cpu: bool) -> None:
             port = str(listener.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # accelerate warns without it
     if on_cpu:
         # Its own way of summing on one machine is compiled for minutes at the first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
