@@ -158,7 +158,7 @@ def blame(path: Path) -> Iterator[None]:
 def _pack(value: Any, tensors: dict[str, Tensor] | None = None, key: str = "") -> Any:
     """`value` for JSON: tuples are marked, tensors move to `tensors` under the path that leads to them.
 
-    >>> _pack({"0": {"betas": (0.9, 0.999), "step": torch.tensor(3.0)}}, {})
+    >>> _pack({"0": {"betas": (0.9, 0.999), "step": Tensor([3.0])}}, {})
     {'0': {'betas': {'__tuple__': [0.9, 0.999]}, 'step': {'__tensor__': '0/step'}}}
     """
     if isinstance(value, Tensor) and tensors is not None:

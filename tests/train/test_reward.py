@@ -276,7 +276,8 @@ def test_a_checkpoint_without_its_head_is_refused(
     (file,) = (tmp_path / "out" / "checkpoint-2").glob("*model.safetensors")
     lose(file, HEAD_IN_ADAPTER if kind == "lora" else HEAD_WEIGHT)
     # As if it had been saved so.
-    monkeypatch.setattr("prefkit.train.checkpoint.verify_checkpoint", lambda folder: None)
+    for module in ("checkpoint", "checkpoint_files"):
+        monkeypatch.setattr(f"prefkit.train.{module}.verify_checkpoint", lambda folder: None)
     (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=rf"{file.name}: LookupError: .*{HEAD_WEIGHT} is missing"):
         run(configure(**keys))
