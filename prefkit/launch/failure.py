@@ -47,10 +47,15 @@ def _order(one: Ended) -> tuple[bool, float]:
 
 
 def exit_code(first: Ended | None, stopped_by: int) -> int:
-    """The code of the whole: that of the first, as a shell would say it."""
+    """The code of the whole: that of the first."""
     if first is None:
         return 128 + stopped_by if stopped_by else 1
-    return first.code if first.code > 0 else 128 - first.code
+    return as_shell(first.code)
+
+
+def as_shell(code: int) -> int:
+    """How a process ended, its code or minus the signal, as a shell would say it."""
+    return code if code > 0 else 128 - code
 
 
 def describe(first: Ended, ended: Mapping[int, Ended], world: int, folder: Path, log: Path | None) -> str:

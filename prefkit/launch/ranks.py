@@ -16,7 +16,7 @@ from types import FrameType
 from prefkit.config.errors import UserError
 from prefkit.launch.failure import Ended
 from prefkit.launch.plan import Launch
-from prefkit.train.launched import FOLDER, HANG, NODE, PARENT, SIGNALS, read_report
+from prefkit.train.launched import FOLDER, HANG, NODE, PARENT, SIGNALS, free_port, read_report
 
 _INTERVAL = 0.05
 # Seconds that the others have once one has ended: to notice, to write their stacks, to save.
@@ -132,13 +132,6 @@ def _shared_variables(plan: Launch, folder: Path) -> dict[str, str]:
         FOLDER: str(folder),
         PARENT: str(os.getpid()),
     }
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens to."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 def _check_port(port: int) -> None:

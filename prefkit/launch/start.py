@@ -13,11 +13,11 @@ from pathlib import Path
 
 from prefkit.config.errors import UserError
 from prefkit.config.schema import RunConfig
-from prefkit.launch.failure import describe, exit_code, find_first, full_story
+from prefkit.launch.failure import as_shell, describe, exit_code, find_first, full_story
 from prefkit.launch.plan import Devices, Launch
-from prefkit.launch.ranks import Ranks, free_port, own_command
+from prefkit.launch.ranks import Ranks, own_command
 from prefkit.runs.record import RECORD_FILE
-from prefkit.train.launched import NODE
+from prefkit.train.launched import NODE, free_port
 from prefkit.train.place import FAILURE_LOG, output_path
 
 _SHOW_CURSOR = "\x1b[?25h"
@@ -157,8 +157,7 @@ def _run_torchrun(plan: Launch, file: Path, overrides: Sequence[str]) -> int:
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        code = min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode
-        return code if code > 0 else 128 - code
+        return as_shell(min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode)
     except SignalException as error:
         return 128 + error.sigval
     return 0

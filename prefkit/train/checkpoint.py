@@ -184,7 +184,7 @@ class PickleFreeCheckpoints(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """Let the Trainer wrap model and optimiser; where these keep masters, take back their states here."""
-        own = self.strategy.keeps_masters
+        own = self.strategy.masters is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if own else resume_from_checkpoint
         )
@@ -195,10 +195,11 @@ class PickleFreeCheckpoints(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what `_save` does, put together from all processes."""
-        weights = gather_weights(
-            self.strategy, self.accelerator.unwrap_model(self.model), self.args.should_save
-        )
-        self._save(output_dir, weights if self.strategy.splits_weights else None)
+        masters, weights = self.strategy.masters, None
+        if masters is not None and self.strategy.splits_weights:
+            model = self.accelerator.unwrap_model(self.model)
+            weights = gather_weights(masters, model, keeps=self.args.should_save)
+        self._save(output_dir, weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save model, tokenizer or processor, and the arguments as JSON."""
@@ -229,12 +230,12 @@ class PickleFreeCheckpoints(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the state of the optimiser, the scheduler, the loss scaler and the stage."""
         folder = Path(output_dir)
-        if self.strategy.keeps_masters:
-            save_states(self.strategy, self._trained(), folder, self.args.should_save)
+        if (masters := self.strategy.masters) is not None:
+            save_states(masters, self._trained(), folder, self.args.should_save)
         if not self.args.should_save:
             return
-        if self.strategy.keeps_masters:
-            write_json(folder / "optimizer.json", self.strategy.scalars())
+        if masters is not None:
+            write_json(folder / "optimizer.json", masters.scalars())
         else:
             self._save_optimizer(folder)
         for name, part in self._stateful_parts().items():
@@ -270,11 +271,11 @@ class PickleFreeCheckpoints(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        if self.strategy.keeps_masters:
+        if (masters := self.strategy.masters) is not None:
             with blame(folder / STATES):
-                load_states(self.strategy, self._trained(), folder)
+                load_states(masters, self._trained(), folder)
             with blame(path := folder / "optimizer.json"):
-                self.strategy.load_scalars(read_json(path))
+                masters.load_scalars(read_json(path))
         else:
             self._load_optimizer(folder)
         for name, part in self._stateful_parts().items():
@@ -354,9 +355,9 @@ class PickleFreeCheckpoints(Trainer):
         """Load the weights of a checkpoint. Raises CheckpointError unless every one of them is there."""
         model = self.accelerator.unwrap_model(model or self.model)
         folder = Path(resume_from_checkpoint)
-        if self.strategy.keeps_masters:
+        if (masters := self.strategy.masters) is not None:
             with blame(folder / STATES):
-                load_states(self.strategy, self._trained(), folder, weights_only=True)
+                load_states(masters, self._trained(), folder, weights_only=True)
             return
         if isinstance(model, PeftModel):
             with blame(folder / "adapter_model.safetensors"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prefkit.config.errors import UserError
-from prefkit.train.strategy import MASTER, States, autocast, wants_fsdp
+from prefkit.train.strategy import MASTER, Masters, States, wants_fsdp
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -65,7 +65,6 @@ class FullySharded:
 
     name = "FSDP2"
     splits_weights = True
-    keeps_masters = True
     computes_early = False  # on a device a whole model may not fit
     one_dtype = None
 
@@ -74,6 +73,11 @@ class FullySharded:
         self._accelerator: Any = None
         self._optimizer: Any = None
 
+    @property
+    def masters(self) -> Masters:
+        """It reads and writes them itself."""
+        return self
+
     def loading_whole(self) -> AbstractContextManager[Any]:
         """Nothing: weights are split after they are loaded."""
         return nullcontext()
@@ -81,10 +85,6 @@ class FullySharded:
     def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Nothing: until the Trainer splits it, the policy is whole."""
         return nullcontext()
-
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """torch's own."""
-        return autocast(self.args, dtype)
 
     def share(self, model: nn.Module) -> nn.Module:
         """Split as the policy is."""
@@ -103,9 +103,9 @@ class FullySharded:
 
         self._accelerator = accelerator
         plugin = accelerator.state.fsdp_plugin
-        if (policy := plugin.mixed_precision_policy) is not None:
+        if (precision := plugin.mixed_precision_policy) is not None:
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
+                param_dtype=precision.param_dtype, reduce_dtype=torch.float32, output_dtype=None
             )
 
     def begin(self, trainer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -156,7 +156,9 @@ class ReferenceBuilder:
         return " with ".join([str(own.ref_model), *own.ref_model_adapters])
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return self.strategy.autocast(self.policy.compute_dtype)
+        if self.strategy.one_dtype is None and (self.args.bf16 or self.args.fp16):
+            return torch.autocast(self.args.device.type, self.policy.compute_dtype)
+        return nullcontext()
 
     def _wants_cache(self) -> bool:
         if isinstance(self.data.train, StreamedRows):

@@ -138,7 +138,7 @@ def _train(
     if config.method.stage == "ppo" and not isinstance(data.train, StreamedRows):
         count_in_updates(config, args, len(data.train))
     strategy = choose_strategy(args)
-    if args.world_size > 1 or strategy.keeps_masters:
+    if args.world_size > 1 or strategy.masters is not None:
         console.print(f"Processes: {args.world_size}, {strategy.name}.")
     if strategy.splits_weights and data.has_images:
         raise UserError(f"{strategy.name} with images is not in this version: take ZeRO stage 2 or below")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from peft import PeftModel
@@ -16,35 +17,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefkit.files import naming
-from prefkit.train.strategy import MASTER, States, Strategy
+from prefkit.train.strategy import MASTER, Masters, States
 
 STATES = "states.json"  # which file has which tensor
 _FILE_BYTES = 4 * 2**30
 
 
-def gather_weights(strategy: Strategy, model: nn.Module, keeps: bool) -> States:
-    """The weights of a model by name, whole: of an adapter what is trained, of others all. Nothing where
-    every process has them, or on one that does not keep them. All processes have to ask for it."""
-    if not strategy.splits_weights:
-        return {}
+def gather_weights(masters: Masters, model: nn.Module, keeps: bool) -> States:
+    """The weights of a model by name, whole: of an adapter what is trained, of others all. Nothing on a
+    process that does not keep them. All processes have to ask for it."""
     kept = model.state_dict().keys()
     only_trained = isinstance(model, PeftModel)
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     found = {}
     for name, weights in named.items():
         if name in kept and (weights.requires_grad or not only_trained):
-            whole = strategy.whole(weights)
+            whole = masters.whole(weights)
             if keeps:
                 found[name] = whole
     return found
 
 
-def save_states(strategy: Strategy, trained: Mapping[str, nn.Parameter], folder: Path, writes: bool) -> None:
+def save_states(masters: Masters, trained: Mapping[str, nn.Parameter], folder: Path, writes: bool) -> None:
     """Write the weights that are trained, as the optimiser has them, with its states; `writes` says which
     process does, and all have to call it."""
     files = _Files(folder)
     for name, weights in trained.items():
-        states = strategy.read_states(weights)
+        states = masters.read_states(weights)
         if writes:
             for kind, tensor in states.items():
                 files.add(f"{name}/{kind}", tensor)
@@ -53,7 +52,7 @@ def save_states(strategy: Strategy, trained: Mapping[str, nn.Parameter], folder:
 
 
 def load_states(
-    strategy: Strategy, trained: Mapping[str, nn.Parameter], folder: Path, weights_only: bool = False
+    masters: Masters, trained: Mapping[str, nn.Parameter], folder: Path, weights_only: bool = False
 ) -> None:
     """Take back what `save_states` wrote; `weights_only` leaves the optimiser as it is. All processes have to
     call it. Raises `LookupError` for a weight that is not there."""
@@ -64,10 +63,14 @@ def load_states(
         kinds.setdefault(name, []).append(kind)
     if absent := [name for name in trained if MASTER not in kinds.get(name, ())]:
         raise LookupError(f"{', '.join(absent[:3])} is missing ({len(absent)} in all)")
-    for name, weights in trained.items():
-        wanted = [MASTER] if weights_only else kinds[name]
-        states = {kind: _read(folder / places[f"{name}/{kind}"], f"{name}/{kind}") for kind in wanted}
-        strategy.write_states(weights, states)
+    with ExitStack() as opened:
+        files = {
+            name: opened.enter_context(safe_open(str(folder / name), "pt")) for name in {*places.values()}
+        }
+        for name, weights in trained.items():
+            keys = {kind: f"{name}/{kind}" for kind in ([MASTER] if weights_only else kinds[name])}
+            states = {kind: files[places[key]].get_tensor(key) for kind, key in keys.items()}
+            masters.write_states(weights, states)
 
 
 class _Files:
@@ -77,12 +80,14 @@ class _Files:
         self.folder = folder
         self.places: dict[str, str] = {}
         self._tensors: States = {}
+        self._bytes = 0
         self._number = 0
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Take a tensor, and write those that fill a file."""
         self._tensors[key] = tensor.contiguous()
-        if sum(it.nbytes for it in self._tensors.values()) >= _FILE_BYTES:
+        self._bytes += tensor.nbytes
+        if self._bytes >= _FILE_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -99,10 +104,4 @@ class _Files:
         with naming(file):
             save_file(self._tensors, file)
         self.places |= dict.fromkeys(self._tensors, file.name)
-        self._tensors = {}
-
-
-def _read(file: Path, key: str) -> Tensor:
-    with safe_open(str(file), "pt") as tensors:
-        found: Tensor = tensors.get_tensor(key)
-    return found
+        self._tensors, self._bytes = {}, 0

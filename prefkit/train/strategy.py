@@ -24,21 +24,45 @@ States = dict[str, Tensor]
 MASTER = "master"  # the name of the weight itself among its states
 
 
+class Masters(Protocol):
+    """Where the optimiser updates numbers of its own, split among processes. All of these have to call each
+    method that reads or writes weights."""
+
+    def whole(self, weights: Tensor) -> Tensor:
+        """All numbers of a weight as the forward has them, on the CPU."""
+
+    def read_states(self, weights: nn.Parameter) -> States:
+        """The weight as the optimiser has it (`MASTER`) and its states, whole, on the CPU."""
+
+    def write_states(self, weights: nn.Parameter, states: States) -> None:
+        """Put back what `read_states` gave."""
+
+    def scalars(self) -> dict[str, Any]:
+        """What the optimiser knows besides, as JSON."""
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Put back what `scalars` gave."""
+
+
 class Strategy(Protocol):
     """A way of spreading a model over processes.
 
     `name` is what the user calls it. Where it `splits_weights`, no process holds the model whole, and all of
-    them have to call it equally often. Where it `keeps_masters`, the optimiser updates numbers of its own,
-    and its states are split. `one_dtype` is the number format that all weights have to have, if so, and
-    `computes_early` says whether the policy can be called before the Trainer has wrapped it.
+    them have to call it equally often. `masters` reads and writes the numbers that the optimiser updates,
+    where these are its own: always where weights are split. `one_dtype` is the number format that all weights
+    have to have, if so, in which the forward computes without mixed precision, and `computes_early` says
+    whether the policy can be called before the Trainer has wrapped it.
     """
 
     splits_weights: bool
-    keeps_masters: bool
     computes_early: bool
 
     @property
     def name(self) -> str:
+        """As the class says."""
+
+    @property
+    def masters(self) -> Masters | None:
         """As the class says."""
 
     @property
@@ -51,9 +75,6 @@ class Strategy(Protocol):
     def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Within it, the policy can be called before the Trainer has wrapped it, if `computes_early`."""
 
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """The mixed precision that the policy's forward has."""
-
     def share(self, model: nn.Module) -> nn.Module:
         """A second model that is not trained, ready to be called, and split where the policy is."""
 
@@ -63,24 +84,8 @@ class Strategy(Protocol):
     def begin(self, trainer: Any) -> None:
         """Take notice that the Trainer has wrapped model and optimiser."""
 
-    def whole(self, weights: Tensor) -> Tensor:
-        """All numbers of a weight, on the CPU. All processes have to ask for it."""
-
     def own_part(self, weights: Tensor) -> Tensor:
         """The numbers of a weight, or of a state of the optimiser, that this process holds."""
-
-    def read_states(self, weights: nn.Parameter) -> States:
-        """The weight as the optimiser has it (`MASTER`) and its states, whole, on the CPU. All processes have
-        to ask for it."""
-
-    def write_states(self, weights: nn.Parameter, states: States) -> None:
-        """Put back what `read_states` gave. All processes have to do it."""
-
-    def scalars(self) -> dict[str, Any]:
-        """What the optimiser knows besides, as JSON."""
-
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Put back what `scalars` gave."""
 
 
 @dataclass
@@ -89,8 +94,8 @@ class Replicated:
 
     args: TrainingArguments
     splits_weights = False
-    keeps_masters = False
     computes_early = True
+    masters = None
     one_dtype = None
 
     @property
@@ -106,10 +111,6 @@ class Replicated:
         """Nothing: the policy can always be called."""
         return nullcontext()
 
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """torch's own."""
-        return autocast(self.args, dtype)
-
     def share(self, model: nn.Module) -> nn.Module:
         """The model on the device of this process."""
         return model.to(self.args.device)
@@ -120,27 +121,9 @@ class Replicated:
     def begin(self, trainer: Any) -> None:
         """Nothing to take notice of."""
 
-    def whole(self, weights: Tensor) -> Tensor:
-        """The weight itself."""
-        return weights.detach().cpu()
-
     def own_part(self, weights: Tensor) -> Tensor:
         """The weight itself."""
         return weights.detach()
-
-    def read_states(self, weights: nn.Parameter) -> States:
-        """Nothing: the optimiser's own `state_dict` says it."""
-        return {}
-
-    def write_states(self, weights: nn.Parameter, states: States) -> None:
-        """Nothing to put back."""
-
-    def scalars(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Nothing to put back."""
 
 
 def choose_strategy(args: TrainingArguments) -> Strategy:
@@ -168,13 +151,6 @@ def wants_deepspeed(environment: Mapping[str, str]) -> bool:
 
 def _is_true(word: str) -> bool:
     return word.lower() in ("1", "true", "yes", "on")
-
-
-def autocast(args: TrainingArguments, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """torch's mixed precision, where the YAML asks for it."""
-    if args.bf16 or args.fp16:
-        return torch.autocast(args.device.type, dtype)
-    return nullcontext()
 
 
 def together(strategy: Strategy, choose: Callable[[Tensor], Tensor], number: int) -> int:

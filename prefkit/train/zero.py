@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from prefkit.config.errors import UserError
 from prefkit.model.adapter import base_of
 from prefkit.model.partitioned import gathered, is_partitioned
-from prefkit.train.strategy import MASTER, States
+from prefkit.train.launched import free_port
+from prefkit.train.strategy import MASTER, Masters, States
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -38,11 +38,8 @@ def start_deepspeed(on_cpu: bool) -> None:
     for name in ("DeepSpeed", "accelerate.accelerator"):  # the latter of accumulation, which the Trainer does
         logging.getLogger(name).setLevel(logging.ERROR)
     if "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # accelerate warns without it
     if on_cpu:
         # Its own way of summing on one machine is compiled for minutes at the first use.
@@ -56,7 +53,6 @@ class Zero:
     Weights have one number format, that of the forward: DeepSpeed keeps fp32 beside them.
     """
 
-    keeps_masters = True
     computes_early = True
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -67,8 +63,12 @@ class Zero:
         self.name = f"DeepSpeed, ZeRO stage {self.stage}"
         self.splits_weights = self.stage == 3
         self.one_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self._optimizer: Any = None
-        self._is_begun = False
+        self._optimizer: Any = None  # until the engine is there
+
+    @property
+    def masters(self) -> Masters:
+        """It reads and writes them itself."""
+        return self
 
     @contextmanager
     def loading_whole(self) -> Iterator[None]:
@@ -87,11 +87,7 @@ class Zero:
 
     def computing(self, model: nn.Module) -> AbstractContextManager[Any]:
         """In stage 3 each module gets its weights while it computes, until the engine does so."""
-        return _gathering(model) if self.splits_weights and not self._is_begun else nullcontext()
-
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """None: the weights have the format of the forward."""
-        return nullcontext()
+        return _gathering(model) if self.splits_weights and self._optimizer is None else nullcontext()
 
     def share(self, model: nn.Module) -> nn.Module:
         """In stage 3 an engine of its own, offloaded where the policy is."""
@@ -122,9 +118,7 @@ class Zero:
 
     def begin(self, trainer: Any) -> None:
         """The engine is there."""
-        engine = trainer.model_wrapped
-        self._optimizer = engine.optimizer
-        self._is_begun = True
+        self._optimizer = trainer.model_wrapped.optimizer
 
     def whole(self, weights: Tensor) -> Tensor:
         """Gathered from all processes."""

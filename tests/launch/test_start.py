@@ -21,9 +21,9 @@ import torch
 from prefkit.config import load_config
 from prefkit.config.errors import UserError
 from prefkit.launch.plan import Devices, Launch
-from prefkit.launch.ranks import free_port
 from prefkit.launch.start import count_cores, count_devices, keys_that_go_on, launch
 from prefkit.train.checkpoint_files import find_newest_checkpoint, verify_checkpoint
+from prefkit.train.launched import free_port
 from tests.train.forks import call, forks
 from tests.train.runs import read
 
